@@ -1,0 +1,43 @@
+# Every target makes .venv from constraints.txt first (about 80 s, once). PYTHON chooses the interpreter: 3.11 or 3.12.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+.PHONY: demo test test-all test-gpu test-oldest lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/python -m lambdanets demo
+
+test: $(STAMP)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(PYTEST) -n $(WORKERS) -m "not gpu"
+
+test-gpu: $(STAMP)
+	$(PYTEST) -m gpu
+
+test-oldest:
+	printf 'torch==2.11.0\ntorchvision==0.26.0\n' > .constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.op
+
+clean:
+	rm -rf .venv .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lambdanets needs Python 3.11 or 3.12, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[digits,plots,dev]'
+	touch $(STAMP)

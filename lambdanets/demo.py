@@ -1,0 +1,44 @@
+"""What `make demo` shows: train on the digits, write some that were held out as image files, predict the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lambdanets import data
+from lambdanets.checkpoint import open_run
+from lambdanets.evaluate import predict
+from lambdanets.recipes import Recipe
+from lambdanets.recipes.digits import digits
+from lambdanets.train import train
+
+SHOWN_IMAGES = 20
+
+
+def demo(out: str | Path | None = None, *, seed: int = 0, device: str = "auto", recipe: Recipe | None = None) -> Path:
+    """Train, then write RUN/digits/LABEL-NUMBER.png and predict them as `lambdanets predict` does. Returns RUN.
+
+    recipe  the digits recipe by default
+    Raises what `lambdanets.train.train` raises.
+    """
+    result = train(recipe or digits(), out=out, seed=seed, device=device)
+    held_out = data.digits()[1]
+    folder = result.folder / "digits"
+    folder.mkdir()
+    labels = {}
+    for i in range(0, len(held_out), len(held_out) // SHOWN_IMAGES):
+        label = held_out.classes[held_out.labels[i]]
+        path = folder / f"{label}-{Path(held_out.names[i]).name}.png"
+        held_out.load(i).save(path)
+        labels[str(path)] = label
+
+    print(f"\nlambdanets predict {result.folder} {folder}/*.png   (a file is named after its label)")
+    run = open_run(result.folder)
+    right = 0
+    for found in predict(run.model, run.view, sorted(labels), device=torch.device("cpu")):
+        right += found.top(run.classes, 1)[0][0] == labels[found.image]
+        print(found.text(run.classes, 3))
+    print(f"{right} of these {len(labels)} are right; of all held-out digits {result.scores}. {result.seconds:.0f} s.")
+    print(f"{result.folder}: weights.safetensors, run.json, curves.png, digits/")
+    return result.folder

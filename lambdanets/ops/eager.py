@@ -1,0 +1,363 @@
+"""The exact orders in PyTorch. Each equals `reference.py`; they differ in what they build (see `lambda_op.STRATEGIES`).
+
+The position part is y[b,n,h,v] = Σ_k q[b,n,h,k] Σ_{m,u} E[n,m,k,u] V[b,m,v,u]. Inside this file the context and the
+intra-depth are one axis M = m·u, because they are always summed together.
+
+A relative table is never indexed: padded or cropped to the offsets that the grid has and flipped, its windows *are*
+the rows of E for a context in reversed order (a Hankel matrix), so one strided copy makes a block of E and one
+strided sum brings its gradient back. Both run a block of queries at a time, and nothing of size n·m is kept for the
+backward pass: it makes the block again.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Position(NamedTuple):
+    """What the position part works on; either `table` or `embeddings` is set."""
+
+    q: Tensor  # (b, n, h, k)
+    values: Tensor  # (b, m, v, u)
+    table: Tensor | None  # (r_1, ..., r_d, k, u), every r odd, offset 0 in the middle, zero outside
+    embeddings: Tensor | None  # (n, m, k, u)
+    grid: tuple[int, ...]
+    context_grid: tuple[int, ...]
+    mask: Tensor | None  # (1 or b, n, m), True where query n sees context m
+
+
+def lambdas(p: Position, block: int) -> Tensor:
+    """The paper's order: λ[b,n,k,v] = Σ_M E[n,M,k] V[b,M,v], then y = q·λ."""
+    return _position(p, "lambdas", block)
+
+
+def scores(p: Position, block: int) -> Tensor:
+    """Re-associated: s[b,n,h,M] = q·E, then y = s·V. The same sum, since no softmax stands between the two."""
+    return _position(p, "scores", block)
+
+
+def conv(p: Position, block: int) -> Tensor:
+    """λ as a convolution of V with the table as kernel, v folded into the batch (paper, appendix B.1), then y = q·λ."""
+    assert p.table is not None
+    b, m, v, u = p.values.shape
+    d, k = len(p.grid), p.q.shape[3]
+    kernel = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
+    # Offsets that no pair of positions has would only multiply padding.
+    cut = [max(0, (r - 1) // 2 - (s - 1)) for r, s in zip(kernel.shape[2:], p.grid, strict=True)]
+    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)])
+    image = p.values.permute(0, 2, 3, 1).reshape(b * v, u, *p.grid)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
+    lam = convolve(image, kernel, padding=[(r - 1) // 2 for r in kernel.shape[2:]])  # (b·v, k, H, W)
+    return torch.einsum("bnhk,bvkn->bnhv", p.q, lam.reshape(b, v, k, m))
+
+
+def content(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, visible: Tensor | None) -> Tensor:
+    """The content part y = q·(K̄ᵀV): one lambda an example, shared by all queries.
+
+    `visible` (b, 1, m) or None hides contexts from every query.
+    """
+    keys_bar = _normalise(keys, None if visible is None else visible.view(-1, keys.shape[1], 1, 1), key_norm, 1)
+    lam = torch.einsum("bmku,bmvu->bkv", keys_bar.to(values.dtype), values)
+    return torch.einsum("bnhk,bkv->bnhv", q, lam)
+
+
+def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask: Tensor, block: int) -> Tensor:
+    """The content part where each query sees its own context: keys are normalised over what is visible to it.
+
+    mask (1 or b, n, m). A block of queries at a time: largest intermediate b · block · m · k · u.
+    """
+    b, m, k, u = keys.shape
+    folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
+    spec = _Spec("keys", "scores", _blocks((q.shape[1],), block), (), (), key_norm)
+    return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), spec)
+
+
+def content_causal(q: Tensor, keys: Tensor, values: Tensor, key_norm: str) -> Tensor:
+    """The content part in causal order (query n sees contexts m <= n) as a running sum: work and memory linear in n.
+
+    The state carried from block to block is the lambda normalised at the last position seen, so every exponent is
+    at most zero and nothing can overflow.
+    """
+    b, n, k, u = keys.shape
+    block = 64  # each block builds (b, 64, 64, k, u)
+    work = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    keys, wide = keys.to(work), values.to(work)
+    if key_norm == "softmax":
+        norms = keys.logcumsumexp(1)  # (b, n, k, u), log of the sum up to n
+    elif key_norm == "l2":
+        norms = keys.square().cumsum(1).clamp_min(1e-24).sqrt()
+    else:
+        norms = torch.ones_like(keys)
+
+    def weight(x: Tensor, norm: Tensor) -> Tensor:
+        return (x - norm).exp() if key_norm == "softmax" else x / norm
+
+    # What a past position weighs in the state, normalised at `before`, must be renormalised at n.
+    state = wide.new_zeros(b, k, u, wide.shape[2])
+    outputs = []
+    for lo in range(0, n, block):
+        hi = min(n, lo + block)
+        now = norms[:, lo:hi]  # (b, block, k, u)
+        seen = torch.ones(hi - lo, hi - lo, dtype=torch.bool, device=q.device).tril()[..., None, None]
+        # Fill before the exponential: exp of a future key could be infinite, and infinity times zero has no gradient.
+        inner = torch.where(seen, keys[:, None, lo:hi], torch.finfo(work).min if key_norm == "softmax" else 0)
+        inside = weight(inner, now[:, :, None]) * seen
+        lam = torch.einsum("bnmku,bmvu->bnkv", inside, wide[:, lo:hi])
+        if lo:
+            before = norms[:, lo - 1 : lo]
+            faded = (before - now).exp() if key_norm == "softmax" else before / now
+            lam = lam + torch.einsum("bnku,bkuv->bnkv", faded, state)
+            state = state * faded[:, -1, :, :, None]
+        state = state + torch.einsum("bmku,bmvu->bkuv", inside[:, -1], wide[:, lo:hi])
+        outputs.append(torch.einsum("bnhk,bnkv->bnhv", q[:, lo:hi], lam.to(q.dtype)))
+    return torch.cat(outputs, 1)
+
+
+def _normalise(keys: Tensor, visible: Tensor | None, key_norm: str, axis: int) -> Tensor:
+    """Normalise over the context axis, in float32 or better; zero where not visible, also where nothing is."""
+    keys = keys.to(torch.float64 if keys.dtype == torch.float64 else torch.float32)
+    if key_norm == "softmax":
+        if visible is None:
+            return keys.softmax(axis)
+        # A finite fill keeps a fully masked row finite; the second mask makes it zero.
+        return torch.where(visible, keys, torch.finfo(keys.dtype).min).softmax(axis) * visible
+    if visible is not None:
+        keys = keys * visible
+    return keys / keys.square().sum(axis, keepdim=True).clamp_min(1e-24).sqrt() if key_norm == "l2" else keys
+
+
+# --- blocks of queries ------------------------------------------------------------------------------------------
+
+
+class _Spec(NamedTuple):
+    """Everything about a contraction that is not a tensor."""
+
+    source: str  # where the weights come from: "table", "embeddings" or "keys"
+    order: str  # "lambdas" or "scores"
+    blocks: list[tuple[tuple[int, int], ...]]  # boxes (start, stop) an axis of the query grid, in row-major order
+    grid: tuple[int, ...]
+    context_grid: tuple[int, ...]
+    key_norm: str
+
+
+def _blocks(grid: tuple[int, ...], queries: int) -> list[tuple[tuple[int, int], ...]]:
+    """Cut a grid into boxes of at most `queries` points that are contiguous in row-major order."""
+    if math.prod(grid) <= queries:
+        return [tuple((0, s) for s in grid)]
+    head, tail = grid[0], grid[1:]
+    row = math.prod(tail)
+    if row > queries:
+        return [((i, i + 1), *box) for i in range(head) for box in _blocks(tail, queries)]
+    step = max(1, queries // row)
+    whole = tuple((0, s) for s in tail)
+    return [((i, min(head, i + step)), *whole) for i in range(0, head, step)]
+
+
+def _position(p: Position, order: str, block: int) -> Tensor:
+    b, m, v, u = p.values.shape
+    mask = p.mask
+    if p.table is None:
+        assert p.embeddings is not None
+        weights = p.embeddings
+        values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
+        spec = _Spec("embeddings", order, _blocks((p.q.shape[1],), block), (), (), "")
+    else:
+        d = len(p.grid)
+        weights = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
+        pads = [
+            side - 1 - (r - 1) // 2
+            for r, s, c in zip(p.table.shape[:d], p.grid, p.context_grid, strict=True)
+            for side in (c, s)
+        ]  # F.pad counts from the last axis, and flipping exchanges the two ends
+        weights = F.pad(weights.flip(*range(2, d + 2)), _last_axis_first(pads))
+        values = p.values.flip(1).permute(0, 3, 1, 2).reshape(b, u * m, v)  # M = (u, reversed m)
+        mask = None if mask is None else mask.flip(2)
+        spec = _Spec("table", order, _blocks(p.grid, block), p.grid, p.context_grid, "")
+    return _Contract.apply(p.q, values, weights, mask, spec)
+
+
+def _last_axis_first(pairs: list[int]) -> list[int]:
+    return [x for i in range(len(pairs) - 2, -1, -2) for x in pairs[i : i + 2]]
+
+
+def _weights(spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mask: Tensor | None) -> Tensor:
+    """One block of E, (block, k, M), or of normalised keys, (b, block, k, M)."""
+    if spec.source == "table":
+        d = len(box)
+        for axis, (start, stop) in enumerate(box, start=2):
+            size = spec.context_grid[axis - 2]
+            weights = weights.narrow(axis, start, stop - start - 1 + size).unfold(axis, size, 1)
+        k, u = weights.shape[:2]
+        # (k, u, block..., context...) -> (block, k, u·m)
+        weights = weights.permute(*range(2, d + 2), 0, 1, *range(d + 2, 2 * d + 2))
+        return weights.reshape(math.prod(b - a for a, b in box), k, u * math.prod(spec.context_grid))
+    ((start, stop),) = box
+    if spec.source == "embeddings":
+        return weights[start:stop].permute(0, 2, 1, 3).flatten(2)
+    assert mask is not None
+    visible = mask[:, start:stop, :, None, None]
+    bar = _normalise(weights[:, None], visible, spec.key_norm, 2)  # (b, block, m, k, u)
+    return bar.to(weights.dtype).permute(0, 1, 3, 2, 4).flatten(3)
+
+
+def _weights_grad(
+    spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mask: Tensor | None, bar: Tensor, grad: Tensor
+) -> Tensor:
+    """The adjoint of `_weights`: the gradient of one block, brought back to the shape of what the block was cut from."""
+    if spec.source == "table":
+        k, u = weights.shape[:2]
+        d = len(box)
+        grad = grad.view(*[b - a for a, b in box], k, u, *spec.context_grid)
+        grad = grad.permute(d, d + 1, *range(d), *range(d + 2, 2 * d + 2))  # (k, u, block..., context...)
+        for axis in reversed(range(d)):
+            start, stop = box[axis]
+            sizes = list(grad.shape[:-1])
+            sizes[axis + 2] = stop - start - 1 + spec.context_grid[axis]
+            # The op that autograd itself uses for the gradient of unfold: it sums overlapping windows.
+            grad = torch.ops.aten.unfold_backward(grad, sizes, axis + 2, spec.context_grid[axis], 1)
+        return grad
+    if spec.source == "embeddings":
+        block, k, M = grad.shape
+        return grad.view(block, k, *weights.shape[1:2], -1).permute(0, 2, 1, 3)
+    assert mask is not None
+    ((start, stop),) = box
+    b, m, k, u = weights.shape
+    bar = bar.view(b, stop - start, k, m, u).to(grad.dtype)
+    grad = grad.view(b, stop - start, k, m, u)
+    if spec.key_norm == "softmax":
+        grad = bar * (grad - (grad * bar).sum(3, keepdim=True))
+    else:
+        seen = mask[:, start:stop, None, :, None]
+        if spec.key_norm == "l2":
+            squares = (weights.to(grad.dtype).square().permute(0, 2, 1, 3)[:, None] * seen).sum(3, keepdim=True)
+            scale = squares.clamp_min(1e-24).rsqrt()
+            # Below the clamp the divisor is a constant.
+            shared = torch.where(squares > 1e-24, (grad * bar).sum(3, keepdim=True), 0)
+            grad = (grad - bar * shared) * scale
+        grad = grad * seen
+    return grad.sum(1).permute(0, 2, 1, 3)
+
+
+def _to_scores(q: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """s = q·E for one block: q (b, block, h, k), weights (block, k, M) or (b, block, k, M) -> (b, block, h, M)."""
+    b, block, h, k = q.shape
+    if weights.dim() == 4:
+        s = torch.matmul(q, weights)
+    else:
+        s = torch.bmm(q.permute(1, 0, 2, 3).reshape(block, b * h, k), weights)
+        s = s.view(block, b, h, -1).permute(1, 0, 2, 3)
+    return s if mask is None else s * mask
+
+
+def _block_mask(spec: _Spec, mask: Tensor | None, lo: int, hi: int, M: int, dtype: torch.dtype) -> Tensor | None:
+    """The block's rows of the mask, spread over u: (1 or b, block, 1, M)."""
+    if mask is None or spec.source == "keys":  # there the normalisation has applied it already
+        return None
+    part = mask[:, lo:hi, None]
+    u = M // mask.shape[2]
+    part = part.repeat(1, 1, 1, u) if spec.source == "table" else part.repeat_interleave(u, 3)
+    return part.to(dtype)
+
+
+class _Contract(torch.autograd.Function):
+    """y[b,n,h,v] = Σ_k q[b,n,h,k] Σ_M W[n,M,k] V[b,M,v], a block of queries at a time, forward and backward.
+
+    Saves its inputs and nothing else.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, spec: _Spec) -> Tensor:
+        b, n, h, k = q.shape
+        M, v = values.shape[1:]
+        outputs, lo = [], 0
+        for box in spec.blocks:
+            hi = lo + math.prod(stop - start for start, stop in box)
+            part = q[:, lo:hi]
+            W = _weights(spec, weights, box, mask)
+            seen = _block_mask(spec, mask, lo, hi, M, q.dtype)
+            if spec.order == "scores":
+                s = _to_scores(part, W, seen).reshape(b, (hi - lo) * h, M)
+                y = torch.bmm(s, values).view(b, hi - lo, h, v)
+            else:
+                W = W if seen is None else W * seen[0]
+                y = torch.einsum("bnhk,nkbv->bnhv", part, _lambdas(W, values))
+            outputs.append(y)
+            lo = hi
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, values, weights, mask, ctx.spec = inputs
+        ctx.save_for_backward(q, values, weights, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, values, weights, mask = ctx.saved_tensors
+        spec: _Spec = ctx.spec
+        b, n, h, k = q.shape
+        M, v = values.shape[1:]
+        # Gradients that are sums over blocks are summed in float32 or better.
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        grads_q, grad_v, grad_w, lo = [], None, None, 0
+        for box in spec.blocks:
+            hi = lo + math.prod(stop - start for start, stop in box)
+            rows = hi - lo
+            part, dy = q[:, lo:hi], grad[:, lo:hi]  # (b, rows, h, k), (b, rows, h, v)
+            W = _weights(spec, weights, box, mask)
+            seen = _block_mask(spec, mask, lo, hi, M, q.dtype)
+            if spec.order == "scores":
+                s = _to_scores(part, W, seen).reshape(b, rows * h, M)
+                flat = dy.reshape(b, rows * h, v)
+                dv = torch.bmm(s.transpose(1, 2), flat)  # (b, M, v)
+                ds = torch.bmm(flat, values.transpose(1, 2)).view(b, rows, h, M)
+                ds = ds if seen is None else ds * seen
+                if W.dim() == 4:
+                    dq = torch.matmul(ds, W.transpose(2, 3))
+                    dW = torch.matmul(part.transpose(2, 3), ds)
+                else:
+                    ds = ds.permute(1, 0, 2, 3).reshape(rows, b * h, M)
+                    dq = torch.bmm(ds, W.transpose(1, 2)).view(rows, b, h, k).permute(1, 0, 2, 3)
+                    dW = torch.bmm(part.permute(1, 3, 0, 2).reshape(rows, k, b * h), ds)
+            else:
+                W = W if seen is None else W * seen[0]
+                lam = _lambdas(W, values)
+                dq = torch.einsum("bnhv,nkbv->bnhk", dy, lam)
+                dlam = torch.einsum("bnhk,bnhv->nkbv", part, dy).reshape(rows * k, b * v)
+                dv = (W.reshape(rows * k, M).t() @ dlam).view(M, b, v).transpose(0, 1)
+                dW = (dlam @ values.transpose(0, 1).reshape(M, b * v).t()).view(rows, k, M)
+                dW = dW if seen is None else dW * seen[0]
+            grads_q.append(dq)
+            grad_v = dv.to(wide) if grad_v is None else grad_v + dv
+            grad_w = _gather(spec, weights, box, grad_w, _weights_grad(spec, weights, box, mask, W, dW.to(wide)))
+            lo = hi
+        assert grad_v is not None and grad_w is not None
+        return torch.cat(grads_q, 1), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, None
+
+
+def _lambdas(weights: Tensor, values: Tensor) -> Tensor:
+    """λ for one block as a single matrix product: (block, k, M), (b, M, v) -> (block, k, b, v)."""
+    block, k, M = weights.shape
+    b, _, v = values.shape
+    return (weights.reshape(block * k, M) @ values.transpose(0, 1).reshape(M, b * v)).view(block, k, b, v)
+
+
+def _gather(
+    spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], total: Tensor | None, part: Tensor
+) -> Tensor:
+    """Add one block's gradient to the total."""
+    if spec.source == "keys":
+        return part if total is None else total + part
+    if part.shape == weights.shape:
+        return part
+    total = part.new_zeros(weights.shape) if total is None else total
+    place = total
+    for axis, (start, _) in enumerate(box):
+        axis += 2 if spec.source == "table" else 0
+        place = place.narrow(axis, start, part.shape[axis])
+    place += part
+    return total
