@@ -1,4 +1,4 @@
-"""What a model costs, from shapes alone: parameters, multiply-adds and the plan of its lambda layers, a stage at a time.
+"""What a model costs, from shapes alone: parameters, multiply-adds and the plans of its lambda layers, by stage.
 
 Models are run once on PyTorch's meta device, which has shapes and no data.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import LambdaLayer
-from .ops import Plan, plan
+from .ops import Plan, Problem, plan
 from .resnet import LambdaResNet, create_model, list_models
 
 __all__ = ["StageCost", "model_cost", "models_text", "plan_text"]
@@ -31,7 +31,7 @@ class StageCost:
     stage: str
     blocks: int
     lambdas: int
-    map_px: tuple[int, ...]
+    map_px: tuple[int, int]
     params: int
     macs: int
     lambda_macs: int
@@ -65,7 +65,8 @@ def model_cost(
     stage_of = dict.fromkeys(("conv1", "bn1", "act1", "maxpool"), "stem")
     stage_of |= {f"layer{i}": f"c{i + 1}" for i in range(1, 5)} | {"global_pool": "head", "fc": "head"}
     macs = dict.fromkeys(stage_of.values(), 0)
-    inside, plans, maps = dict(macs), {s: {} for s in macs}, dict.fromkeys(macs, (0, 0))
+    inside, maps = dict(macs), dict.fromkeys(macs, (1, 1))
+    plans: dict[str, dict[Problem, Plan]] = {s: {} for s in macs}
 
     def count(stage: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if isinstance(module, LambdaLayer):
@@ -76,8 +77,8 @@ def model_cost(
             plans[stage].setdefault(asked, plan(asked))
         elif isinstance(module, nn.Conv2d | nn.Linear):
             macs[stage] += out.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Sequential | nn.Identity | nn.MaxPool2d):
-            maps[stage] = tuple(out.shape[2:])
+        if out.dim() == 4 and stage != "head":
+            maps[stage] = (out.shape[2], out.shape[3])
 
     hooks = []
     for name, module in model.named_modules():
@@ -102,12 +103,9 @@ def model_cost(
         layers = [m for p in parts for m in p.modules() if isinstance(m, LambdaLayer)]
         params = {id(t): t.numel() for p in parts for t in p.parameters()}
         blocks = len(parts[0]) if stage.startswith("c") else 0
-        rows.append(
-            StageCost(
-                stage, blocks, len(layers), maps[stage] if stage != "head" else (1, 1), sum(params.values()),
-                macs[stage], inside[stage], tuple(plans[stage].values()),
-            )  # fmt: skip
-        )
+        chosen = tuple(plans[stage].values())
+        total = sum(params.values())
+        rows.append(StageCost(stage, blocks, len(layers), maps[stage], total, macs[stage], inside[stage], chosen))
     return rows
 
 
@@ -120,12 +118,14 @@ def plan_text(
     lines = [
         f"{name} at {image_px} px: {params:,} parameters, {2e-9 * total:.2f} GFLOPs an image (2 x multiply-adds)",
         "",
-        f"{'stage':<6} {'blocks':>6} {'lambda':>6} {'map':>9} {'params':>12} {'GFLOPs':>8} {'in lambdas':>10}  strategy",
+        f"{'stage':<6} {'blocks':>6} {'lambda':>6} {'map':>9} {'params':>12} {'GFLOPs':>8} {'in lambdas':>10}"
+        "  strategy",
     ]
     for r in rows:
         chosen = ", ".join(dict.fromkeys(p[0].strategy for p in r.plans))
         lines.append(
-            f"{r.stage:<6} {r.blocks or '':>6} {r.lambdas or '':>6} {'x'.join(map(str, r.map_px)):>9} {r.params:12,} "
+            f"{r.stage:<6} {r.blocks or '':>6} {r.lambdas or '':>6} "
+            f"{'x'.join(map(str, r.map_px)):>9} {r.params:12,} "
             f"{2e-9 * r.macs:8.3f} {2e-9 * r.lambda_macs:10.3f}  {chosen}"
         )
     for r in rows:

@@ -1,5 +1,6 @@
 """The lambda layer on maps, sequences and volumes: projections, norms, table, then `lambda_op`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -67,7 +68,9 @@ def _mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str],
     if any(k.startswith(("fc.", "head.")) for k in wrong):
         lines.append("  another class count: build the model with that num_classes, load, then reset_classifier(...)")
     if missing or extra:
-        lines.append("  weights of another model, or with a prefix such as 'module.': build the model they were saved from")
+        lines.append(
+            "  weights of another model, or with a prefix such as 'module.': build the model they were saved from"
+        )
     return "\n".join(lines)
 
 
@@ -141,7 +144,9 @@ class LambdaLayer(StrictLoading):
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a positive integer and is {count!r}")
         if dim_out % heads:
-            raise ValueError(f"dim_out = {dim_out} must be a multiple of heads = {heads}: each head gives dim_out / heads")
+            raise ValueError(
+                f"dim_out = {dim_out} must be a multiple of heads = {heads}: each head gives dim_out / heads"
+            )
         if not content and not position:
             raise ValueError("content and position are both False: nothing would be left")
         if key_norm not in KEY_NORMS:
@@ -185,7 +190,8 @@ class LambdaLayer(StrictLoading):
     ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         if (scope is None) == (size is None):
             raise ValueError(
-                f"give scope=r for a window or scope=None, size=(H, W) for a global table; got scope={scope}, size={size}"
+                f"give scope=r for a window, or scope=None, size=(H, W) for a global table; got scope={scope}, "
+                f"size={size}"
             )
         name, given = ("size", size) if scope is None else ("scope", scope)
         sides = (given,) * self.ndim if isinstance(given, int) else tuple(given or ())
@@ -220,7 +226,7 @@ class LambdaLayer(StrictLoading):
         """The sizes of the operation inside, for `lambdanets.plan`."""
         grid = tuple(x.shape[2:])
         context_grid = grid if context is None else tuple(context.shape[2:])
-        n, m = x.shape[2:].numel(), context_grid and torch.Size(context_grid).numel()
+        n, m = math.prod(grid), math.prod(context_grid)
         return Problem(
             x.shape[0], n, m, self.heads, self.key_depth, self.value_depth, self.intra_depth, grid, context_grid,
             None if self.table is None else tuple(self.table.shape[: self.ndim]), causal=self.causal,
@@ -243,14 +249,15 @@ class LambdaLayer(StrictLoading):
         context = x if context is None else context
         b, grid = x.shape[0], tuple(x.shape[2:])
         context_grid = tuple(context.shape[2:])
+        n, m = math.prod(grid), math.prod(context_grid)
         h, k, u, v = self.heads, self.key_depth, self.intra_depth, self.value_depth
-        q = self.norm_q(self.to_q(x)).reshape(b, h, k, -1).permute(0, 3, 1, 2)
+        q = self.norm_q(self.to_q(x)).reshape(b, h, k, n).permute(0, 3, 1, 2)
         if self.query_softmax:
             q = q.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        keys = None if self.to_k is None else self.to_k(context).reshape(b, k, u, -1).permute(0, 3, 1, 2)
-        values = self.norm_v(self.to_v(context)).reshape(b, v, u, -1).permute(0, 3, 1, 2)
+        keys = None if self.to_k is None else self.to_k(context).reshape(b, k, u, m).permute(0, 3, 1, 2)
+        values = self.norm_v(self.to_v(context)).reshape(b, v, u, m).permute(0, 3, 1, 2)
         if padding is not None:
-            hidden = padding.reshape(b, 1, -1)
+            hidden = padding.reshape(b, 1, m)
             mask = hidden if mask is None else mask & hidden
         y = lambda_op(
             q, keys, values, table=self.table, grid=grid, context_grid=context_grid, mask=mask, causal=self.causal,
@@ -279,7 +286,9 @@ class LambdaLayer(StrictLoading):
                 axes = ", ".join(("length",) if self.ndim == 1 else ("T", "H", "W")[-self.ndim :])
                 raise ValueError(f"{name} must be (b, {channels}, {axes}) and is {tuple(t.shape)}")
         if context is None and self.context_dim != self.dim:
-            raise ValueError(f"this layer has context_dim={self.context_dim}, dim={self.dim}: forward needs context=...")
+            raise ValueError(
+                f"this layer has context_dim={self.context_dim}, dim={self.dim}: forward needs context=..."
+            )
         if context is not None and context.shape[0] != x.shape[0]:
             raise ValueError(f"x has batch {x.shape[0]} and context batch {context.shape[0]}")
         source = x if context is None else context
@@ -292,7 +301,8 @@ class LambdaLayer(StrictLoading):
             if self.size is not None and any(s > own for s, own in zip(t.shape[2:], self.size, strict=True)):
                 raise ValueError(
                     f"the map is {tuple(t.shape[2:])} and the global table was made for at most {self.size}: call "
-                    f"layer.resize({tuple(t.shape[2:])}), which interpolates it (lambdanets.resize_table), or use scope=r"
+                    f"layer.resize({tuple(t.shape[2:])}), which interpolates it (lambdanets.resize_table), or use "
+                    "scope=r"
                 )
 
     def extra_repr(self) -> str:

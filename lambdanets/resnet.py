@@ -3,7 +3,7 @@
 Attribute and parameter names follow torchvision and timm: `layer1`..`layer4` are the paper's c2..c5.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layer import LambdaLayer, StrictLoading
-from .ops import Problem, plan
 
 __all__ = ["SIZES", "Bottleneck", "LambdaResNet", "Size", "create_model", "list_models"]  # timm adds the names
 
@@ -161,15 +160,17 @@ class LambdaResNet(StrictLoading):
                 raise ValueError(f"{name} must be in [0, 1) and is {rate}")
         if num_classes < 0 or in_chans < 1:
             raise ValueError(f"num_classes = {num_classes} must be at least 0 and in_chans = {in_chans} at least 1")
-        for stage, lambdas in zip(size.blocks, size.lambdas, strict=True):
-            if lambdas not in ("C", "L") and (isinstance(lambdas, str) or not set(lambdas) <= set(range(1, stage + 1))):
-                raise ValueError(f"a stage of {stage} blocks is 'C', 'L' or some of 1..{stage}, and got {lambdas!r}")
+        for count, lambdas in zip(size.blocks, size.lambdas, strict=True):
+            if lambdas not in ("C", "L") and (isinstance(lambdas, str) or not set(lambdas) <= set(range(1, count + 1))):
+                raise ValueError(f"a stage of {count} blocks is 'C', 'L' or some of 1..{count}, and got {lambdas!r}")
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.grad_checkpointing = False
 
         stem = size.width
-        self.conv1, self.maxpool, reduction = _stem(size.stem, in_chans, stem)
+        # In this order: timm's features_only runs the children as they were registered.
+        self.conv1, maxpool, reduction = _stem(size.stem, in_chans, stem)
         self.bn1, self.act1 = nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
+        self.maxpool = maxpool
         self.feature_info = [{"num_chs": stem, "reduction": reduction[0], "module": "act1"}]
         dim, stride = stem, reduction[1]
         for i, (count, lambdas) in enumerate(zip(size.blocks, size.lambdas, strict=True)):
@@ -201,8 +202,8 @@ class LambdaResNet(StrictLoading):
         """(b, in_chans, H, W) -> (b, num_features, H/32, W/32), rounded up."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         for stage in self.stages():
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(stage, x, flatten=True)
+            if self.grad_checkpointing:
+                x = checkpoint_seq(stage, x)
             else:
                 x = stage(x)
         return x
@@ -232,7 +233,7 @@ class LambdaResNet(StrictLoading):
         """A new classifier for another class count; 0 removes it."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        like = self.conv1.weight if isinstance(self.conv1, nn.Conv2d) else self.conv1[0].weight
+        like = next(self.parameters())
         head = create_classifier(self.num_features, num_classes, pool_type=pool, device=like.device, dtype=like.dtype)
         self.global_pool, self.fc = (part.train(self.training) for part in head)
 

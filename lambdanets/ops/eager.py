@@ -59,7 +59,7 @@ def content(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, visible: Ten
 
     `visible` (b, 1, m) or None hides contexts from every query.
     """
-    keys_bar = _normalise(keys, None if visible is None else visible.view(-1, keys.shape[1], 1, 1), key_norm, 1)
+    keys_bar = _normalise(keys, None if visible is None else visible.transpose(1, 2)[..., None], key_norm, 1)
     lam = torch.einsum("bmku,bmvu->bkv", keys_bar.to(values.dtype), values)
     return torch.einsum("bnhk,bkv->bnhv", q, lam)
 
@@ -69,7 +69,7 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
 
     mask (1 or b, n, m). A block of queries at a time: largest intermediate b · block · m · k · u.
     """
-    b, m, k, u = keys.shape
+    b, m, _, u = keys.shape
     folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
     spec = _Spec("keys", "scores", _blocks((q.shape[1],), block), (), (), key_norm)
     return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), spec)
@@ -172,7 +172,7 @@ def _position(p: Position, order: str, block: int) -> Tensor:
             for r, s, c in zip(p.table.shape[:d], p.grid, p.context_grid, strict=True)
             for side in (c, s)
         ]  # F.pad counts from the last axis, and flipping exchanges the two ends
-        weights = F.pad(weights.flip(*range(2, d + 2)), _last_axis_first(pads))
+        weights = F.pad(weights.flip(tuple(range(2, d + 2))), _last_axis_first(pads))
         values = p.values.flip(1).permute(0, 3, 1, 2).reshape(b, u * m, v)  # M = (u, reversed m)
         mask = None if mask is None else mask.flip(2)
         spec = _Spec("table", order, _blocks(p.grid, block), p.grid, p.context_grid, "")
@@ -193,7 +193,7 @@ def _weights(spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mas
         k, u = weights.shape[:2]
         # (k, u, block..., context...) -> (block, k, u·m)
         weights = weights.permute(*range(2, d + 2), 0, 1, *range(d + 2, 2 * d + 2))
-        return weights.reshape(math.prod(b - a for a, b in box), k, u * math.prod(spec.context_grid))
+        return weights.reshape(math.prod([b - a for a, b in box]), k, u * math.prod(spec.context_grid))
     ((start, stop),) = box
     if spec.source == "embeddings":
         return weights[start:stop].permute(0, 2, 1, 3).flatten(2)
@@ -206,22 +206,16 @@ def _weights(spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mas
 def _weights_grad(
     spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mask: Tensor | None, bar: Tensor, grad: Tensor
 ) -> Tensor:
-    """The adjoint of `_weights`: the gradient of one block, brought back to the shape of what the block was cut from."""
+    """The adjoint of `_weights`: one block's gradient, in the shape of what the block was cut from."""
     if spec.source == "table":
-        k, u = weights.shape[:2]
         d = len(box)
-        grad = grad.view(*[b - a for a, b in box], k, u, *spec.context_grid)
-        grad = grad.permute(d, d + 1, *range(d), *range(d + 2, 2 * d + 2))  # (k, u, block..., context...)
-        for axis in reversed(range(d)):
-            start, stop = box[axis]
-            sizes = list(grad.shape[:-1])
-            sizes[axis + 2] = stop - start - 1 + spec.context_grid[axis]
-            # The op that autograd itself uses for the gradient of unfold: it sums overlapping windows.
-            grad = torch.ops.aten.unfold_backward(grad, sizes, axis + 2, spec.context_grid[axis], 1)
+        grad = grad.view(*[b - a for a, b in box], *weights.shape[:2], *spec.context_grid)
+        for left in range(d, 0, -1):  # (block axes left, k, u, context axes left, axes done)
+            grad = _sum_diagonals(grad.movedim((0, left + 2), (-2, -1)))
         return grad
     if spec.source == "embeddings":
-        block, k, M = grad.shape
-        return grad.view(block, k, *weights.shape[1:2], -1).permute(0, 2, 1, 3)
+        _, m, k, u = weights.shape
+        return grad.view(grad.shape[0], k, m, u).permute(0, 2, 1, 3)
     assert mask is not None
     ((start, stop),) = box
     b, m, k, u = weights.shape
@@ -241,6 +235,15 @@ def _weights_grad(
     return grad.sum(1).permute(0, 2, 1, 3)
 
 
+def _sum_diagonals(x: Tensor) -> Tensor:
+    """Σ_i x[..., i, s - i] for every s, the adjoint of cutting windows: (..., c, w) -> (..., c + w - 1).
+
+    Rows padded to c + w and read again c + w - 1 at a time are each one step further to the right.
+    """
+    c, w = x.shape[-2:]
+    return F.pad(x, (0, c)).flatten(-2)[..., :-c].unflatten(-1, (c, c + w - 1)).sum(-2)
+
+
 def _to_scores(q: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     """s = q·E for one block: q (b, block, h, k), weights (block, k, M) or (b, block, k, M) -> (b, block, h, M)."""
     b, block, h, k = q.shape
@@ -248,7 +251,7 @@ def _to_scores(q: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
         s = torch.matmul(q, weights)
     else:
         s = torch.bmm(q.permute(1, 0, 2, 3).reshape(block, b * h, k), weights)
-        s = s.view(block, b, h, -1).permute(1, 0, 2, 3)
+        s = s.view(block, b, h, weights.shape[2]).permute(1, 0, 2, 3)
     return s if mask is None else s * mask
 
 
@@ -272,11 +275,11 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, spec: _Spec) -> Tensor:
-        b, n, h, k = q.shape
+        b, _, h, _ = q.shape
         M, v = values.shape[1:]
         outputs, lo = [], 0
         for box in spec.blocks:
-            hi = lo + math.prod(stop - start for start, stop in box)
+            hi = lo + math.prod([stop - start for start, stop in box])
             part = q[:, lo:hi]
             W = _weights(spec, weights, box, mask)
             seen = _block_mask(spec, mask, lo, hi, M, q.dtype)
@@ -299,13 +302,13 @@ class _Contract(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, values, weights, mask = ctx.saved_tensors
         spec: _Spec = ctx.spec
-        b, n, h, k = q.shape
+        b, _, h, k = q.shape
         M, v = values.shape[1:]
         # Gradients that are sums over blocks are summed in float32 or better.
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         grads_q, grad_v, grad_w, lo = [], None, None, 0
         for box in spec.blocks:
-            hi = lo + math.prod(stop - start for start, stop in box)
+            hi = lo + math.prod([stop - start for start, stop in box])
             rows = hi - lo
             part, dy = q[:, lo:hi], grad[:, lo:hi]  # (b, rows, h, k), (b, rows, h, v)
             W = _weights(spec, weights, box, mask)
@@ -335,7 +338,8 @@ class _Contract(torch.autograd.Function):
             grad_v = dv.to(wide) if grad_v is None else grad_v + dv
             grad_w = _gather(spec, weights, box, grad_w, _weights_grad(spec, weights, box, mask, W, dW.to(wide)))
             lo = hi
-        assert grad_v is not None and grad_w is not None
+        assert grad_v is not None
+        assert grad_w is not None
         return torch.cat(grads_q, 1), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, None
 
 

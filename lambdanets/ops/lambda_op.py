@@ -9,7 +9,7 @@ u intra-depth, r scope. The content part is always q·(K̄ᵀV); the strategies 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -55,7 +55,7 @@ class Problem:
         """Contexts that a query's table reaches: Π min(r, 2·side - 1), or m for explicit embeddings."""
         if self.table is None or self.grid is None:
             return self.m
-        return math.prod(min(r, 2 * s - 1) for r, s in zip(self.table, self.grid, strict=True))
+        return math.prod([min(r, 2 * s - 1) for r, s in zip(self.table, self.grid, strict=True)])
 
     @property
     def paper_macs(self) -> int:
@@ -67,7 +67,7 @@ class Problem:
         if self.content:
             macs += self.b * self.m * self.k * self.v * self.u
         if self.table is not None and self.context_grid is not None:
-            reach = math.prod(min(r, s) for r, s in zip(self.table, self.context_grid, strict=True))
+            reach = math.prod([min(r, s) for r, s in zip(self.table, self.context_grid, strict=True)])
             macs += self.b * self.n * reach * self.k * self.v * self.u
         elif self.embeddings:
             macs += self.b * self.n * self.m * self.k * self.v * self.u
@@ -196,7 +196,8 @@ class Plan:
         where = f"grid {p.grid}, table {p.table}" if p.table else "embeddings" if p.embeddings else "no positions"
         lines = [
             f"b={p.b} n={p.n} m={p.m} h={p.h} k={p.k} v={p.v} u={p.u}, {where}, {str(p.dtype)[6:]} on {p.device}",
-            f"{'strategy':<16} {'GMACs':>9} {'MB moved':>9} {'largest MB':>10} {'block':>6} {'est. ms':>8}  builds, or why not",
+            f"{'strategy':<16} {'GMACs':>9} {'MB moved':>9} {'largest MB':>10} {'block':>6} {'est. ms':>8}"
+            "  builds, or why not",
         ]
         for c in self.costs:
             lines.append(
@@ -241,27 +242,30 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     return Cost(name, macs, moved, largest, seconds, block, why_not)
 
 
-def _ranked(p: Problem, limit: int | None) -> list[Cost]:
-    costs = [_price(p, name, limit) for name in STRATEGIES]
-    return sorted(costs, key=lambda c: (c.why_not is not None, c.seconds))
-
-
 @lru_cache(maxsize=4096)
 def _plan(p: Problem, limit: int | None) -> Plan:
-    return Plan(p, _ranked(p, limit))
+    costs = [_price(p, name, limit) for name in STRATEGIES]
+    return Plan(p, sorted(costs, key=lambda c: (c.why_not is not None, c.seconds)))
 
 
 def _choose(p: Problem, strategy: str, limit: int | None) -> Cost:
-    if strategy == "auto":
-        # The cache is for eager calls; a compiler traces the arithmetic once instead.
-        best = _ranked(p, limit)[0] if torch.compiler.is_compiling() else _plan(p, limit)[0]
-    elif strategy in STRATEGIES:
+    if strategy != "auto":
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
         best = _price(p, strategy, limit)
-    else:
-        raise ValueError(f"strategy {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
+    elif not torch.compiler.is_compiling():
+        best = _plan(p, limit)[0]
+    else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
+        if torch.compiler.is_exporting():
+            p = replace(p, b=8)  # an exported graph serves any batch: its choice may not depend on this one
+        best = _price(p, "lambdas", limit)
+        for name in STRATEGIES:
+            cost = _price(p, name, limit)
+            if cost.why_not is None and (best.why_not is not None or cost.seconds < best.seconds):
+                best = cost
     if best.why_not is not None:
         what = "no strategy" if strategy == "auto" else f"strategy {strategy!r}"
-        raise ValueError(f"{what} can run this problem: {best.why_not}\n{Plan(p, _ranked(p, limit))}")
+        raise ValueError(f"{what} can run this problem: {best.why_not}\n{_plan(p, limit)}")
     return best
 
 
