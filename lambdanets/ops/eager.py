@@ -244,13 +244,19 @@ def _sum_diagonals(x: Tensor) -> Tensor:
     return F.pad(x, (0, c)).flatten(-2)[..., :-c].unflatten(-1, (c, c + w - 1)).sum(-2)
 
 
+def _by_query(x: Tensor) -> Tensor:
+    """(b, block, h, k) -> (block, b·h, k), in memory: from an NCHW map the reshape alone is a view without a unit
+    stride, which bmm would copy query by query."""
+    return x.permute(1, 0, 2, 3).flatten(1, 2).contiguous()
+
+
 def _to_scores(q: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     """s = q·E for one block: q (b, block, h, k), weights (block, k, M) or (b, block, k, M) -> (b, block, h, M)."""
-    b, block, h, k = q.shape
+    b, block, h, _ = q.shape
     if weights.dim() == 4:
         s = torch.matmul(q, weights)
     else:
-        s = torch.bmm(q.permute(1, 0, 2, 3).reshape(block, b * h, k), weights)
+        s = torch.bmm(_by_query(q), weights)
         s = s.view(block, b, h, weights.shape[2]).permute(1, 0, 2, 3)
     return s if mask is None else s * mask
 
@@ -325,7 +331,7 @@ class _Contract(torch.autograd.Function):
                 else:
                     ds = ds.permute(1, 0, 2, 3).reshape(rows, b * h, M)
                     dq = torch.bmm(ds, W.transpose(1, 2)).view(rows, b, h, k).permute(1, 0, 2, 3)
-                    dW = torch.bmm(part.permute(1, 3, 0, 2).reshape(rows, k, b * h), ds)
+                    dW = torch.bmm(_by_query(part).transpose(1, 2), ds)
             else:
                 W = W if seen is None else W * seen[0]
                 lam = _lambdas(W, values)
