@@ -13,7 +13,7 @@ from lambdanets.recipes import Recipe
 from lambdanets.recipes.digits import digits
 from lambdanets.train import train
 
-SHOWN_IMAGES = 20
+SHOWN_OF_EACH = 2
 
 
 def demo(out: str | Path | None = None, *, seed: int = 0, device: str = "auto", recipe: Recipe | None = None) -> Path:
@@ -27,11 +27,11 @@ def demo(out: str | Path | None = None, *, seed: int = 0, device: str = "auto", 
     folder = result.folder / "digits"
     folder.mkdir()
     labels = {}
-    for i in range(0, len(held_out), len(held_out) // SHOWN_IMAGES):
-        label = held_out.classes[held_out.labels[i]]
-        path = folder / f"{label}-{Path(held_out.names[i]).name}.png"
-        held_out.load(i).save(path)
-        labels[str(path)] = label
+    for label, name in enumerate(held_out.classes):
+        for i in [i for i, other in enumerate(held_out.labels) if other == label][:SHOWN_OF_EACH]:
+            path = folder / f"{name}-{Path(held_out.names[i]).name}.png"
+            held_out.load(i).save(path)
+            labels[str(path)] = name
 
     print(f"\nlambdanets predict {result.folder} {folder}/*.png   (a file is named after its label)")
     run = open_run(result.folder)

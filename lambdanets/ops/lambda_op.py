@@ -31,6 +31,7 @@ class Problem:
     mask                  None, "queries" for a mask (n, m), "examples" for a mask (b, n, m); a mask that hides the
                           same contexts from every query is applied to keys and values beforehand and costs nothing
     causal, content       causal order in 1-D; whether there is a content part
+    training              whether a backward pass will follow: strategies differ in what theirs costs
     """
 
     b: int
@@ -47,6 +48,7 @@ class Problem:
     mask: str | None = None
     causal: bool = False
     content: bool = True
+    training: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -81,7 +83,7 @@ class Cost:
     macs           multiply-adds
     bytes_moved    bytes read and written, intermediates included
     largest_bytes  the largest intermediate
-    seconds        the model's estimate, for ranking only
+    seconds        the model's estimate, with the backward pass if the problem has one; for ranking only
     block          queries worked on at a time
     why_not        why it cannot run here, or None
     """
@@ -97,7 +99,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One exact order of evaluation: a row of STRATEGIES."""
+    """One exact order of evaluation: a row of STRATEGIES.
+
+    `run` evaluates a block of queries at a time, `cost` gives (multiply-adds, bytes moved, largest bytes) for a block,
+    `why_not` says why a problem cannot run, `builds` names the intermediates for the plan's printout.
+    """
 
     run: Callable[[eager.Position, int], Tensor]
     cost: Callable[[Problem, int], tuple[int, int, int]]  # (problem, block) -> macs, bytes moved, largest bytes
@@ -457,7 +463,10 @@ def _problem(
             kind = None  # one query: hiding from it is hiding from all
     if causal and (n != m or (grid is not None and (len(grid) != 1 or grid != context_grid))):
         raise ValueError(f"causal order is 1-D with n = m, and got n = {n}, m = {m}, grid {grid}")
+    training = torch.is_grad_enabled() and any(
+        [x is not None and x.requires_grad for x in (q, keys, values, table, embeddings)]
+    )
     return Problem(
         b, n, m, h, k, v, u, grid, context_grid, sides, embeddings is not None, kind, causal, keys is not None,
-        q.dtype, q.device.type,
+        training, q.dtype, q.device.type,
     )  # fmt: skip

@@ -1,0 +1,8 @@
+"""python -m lambdanets"""
+
+import sys
+
+from lambdanets.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

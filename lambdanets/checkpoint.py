@@ -1,0 +1,156 @@
+"""The folder of a run: what is written there, in which order, and how it is read back. No pickle on either way.
+
+    weights.safetensors   the evaluated weights of the last finished epoch
+    run.json              recipe, view, classes, where the data came from, versions, history, results
+    curves.png            loss and accuracy by epoch, and the confusion matrix
+    bad_samples.jsonl     images that training skipped, one a line, if there were any
+
+A file is written beside its place, synchronised and renamed: a reader sees the old one or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import lambdanets
+from lambdanets.data import View
+from lambdanets.recipes import Recipe
+
+WEIGHTS = "weights.safetensors"
+RUN_JSON = "run.json"
+CURVES = "curves.png"
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+class BadRun(ValueError):
+    """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
+
+
+def choose_folder(out: str | Path | None, name: str) -> Path:
+    """The folder for a new run: `out`, or the next runs/NAME-N by number. Nothing is created.
+
+    Raises BadRun where `out` is a file or holds anything: a run is never mixed with another.
+    """
+    if out is None:
+        numbers = [
+            int(found[1])
+            for path in Path("runs").glob(f"{name}-*")
+            if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
+        ]
+        return Path("runs") / f"{name}-{max(numbers, default=0) + 1}"
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise BadRun(f"--out {folder} is a file: name a folder")
+    if folder.is_dir() and (held := sorted(p.name for p in folder.iterdir())):
+        kind = "holds another run" if RUN_JSON in held else f"is not empty (it holds {held[0]})"
+        raise BadRun(f"--out {folder} {kind}: name a new folder, or delete that one")
+    return folder
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, synchronise, rename: after a crash the old content or the new is there, whole."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_atomically` of indented JSON; a NaN is refused, since JSON has none."""
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def versions() -> dict[str, str | None]:
+    """What computed a run: Python, the packages, and this project's commit where the package is a checkout of it."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {module.__name__: module.__version__ for module in (torch, torchvision, timm, lambdanets)}
+    found["lambdanets_commit"] = None
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():  # else it is installed, maybe inside the checkout of another project
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no commit yet
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+            found["lambdanets_commit"] = done.stdout.strip()
+    return found
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The model's state dict as safetensors, atomically. A table shared by several layers is written under each name:
+
+    lambdanets.create_model(...).load_state_dict(safetensors.torch.load_file(path)) then loads strictly.
+    """
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(tensors))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with a finished epoch, read back: model (eval mode, CPU), how it sees an image, classes, run.json."""
+
+    model: nn.Module
+    view: View
+    classes: tuple[str, ...]
+    record: dict[str, Any]
+
+
+def open_run(folder: str | Path) -> Run:
+    """Read a run's folder. Raises BadRun, naming the file, where anything is missing or does not fit together."""
+    folder = Path(folder)
+    record_path, weights_path = folder / RUN_JSON, folder / WEIGHTS
+    for path in (record_path, weights_path):
+        if not path.is_file():
+            raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {path.name}")
+    try:
+        record: dict[str, Any] = json.loads(record_path.read_text())
+        recipe = Recipe(**record["recipe"])
+        view = View(**record["view"])
+        classes = tuple(str(c) for c in record["classes"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadRun(f"{record_path} is not a run of lambdanets {lambdanets.__version__}: {error!r}") from error
+    try:
+        tensors = safetensors.torch.load_file(weights_path)
+    except Exception as error:  # safetensors has its own exception, not a ValueError
+        raise BadRun(f"{weights_path} cannot be read, it may be cut short: {error}") from error
+    model = lambdanets.create_model(recipe.model, num_classes=len(classes), in_channels=recipe.in_channels)
+    _check_weights(weights_path, tensors, model.state_dict(), recipe.model)
+    model.load_state_dict(tensors)
+    return Run(model.eval(), view, classes, record)
+
+
+def _check_weights(path: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], model: str) -> None:
+    wrong = [f"{k} is missing" for k in wanted if k not in found]
+    wrong += [f"{k} is unknown" for k in found if k not in wanted]
+    wrong += [
+        f"{k} is {tuple(found[k].shape)}, not {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in found and found[k].shape != v.shape
+    ]
+    wrong += [f"{k} is not finite" for k, v in found.items() if v.is_floating_point() and not v.isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise BadRun(f"{path} is not the weights of this run's {model}: {'; '.join(wrong[:10])}{more}")

@@ -1,0 +1,628 @@
+"""Images on disk, or the digits in scikit-learn, to batches of tensors: a pure function of (seed, epoch, sample id).
+
+Read from the top: one picture (`open_image`), one list of labelled pictures (`Images`, from `digits` or `folder`), one
+picture to one tensor (`View`, `training_transform`), and the batches of an epoch (`Batches`).  Training may replace an
+unreadable picture, and counts it; evaluation may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"})
+"""Files of a folder that are considered, in any case of letters; what a file really is, its content decides."""
+
+MAX_IMAGE_PX = 50_000_000
+"""Width times height above which a picture is refused by its header, undecoded."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_SYSTEM_NAMES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"})
+_VAL_FOLDERS = ("val", "valid", "validation", "test")
+_SHOWN = 10  # names in a message
+_SUBSTITUTES = 100  # tries before a sample is given up: all bad by chance at 1e-30 where half of the files are bad
+_LAYOUTS = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg"
+# EXIF tag 0x0112 -> what turns the stored picture upright.  ImageOps.exif_transpose rewrites all tags besides, and
+# fails where one of the others is broken.
+_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):
+    """One picture cannot be read: `name` says which, `reason` why, `str()` both.
+
+    >>> str(BadImage("cats/1.jpg", "the file is empty"))
+    'cats/1.jpg: the file is empty'
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both in args: the error travels from a worker process unchanged
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class BadData(ValueError):
+    """The data set as a whole is unusable; the message says what to do about it."""
+
+
+def open_image(source: str | Path | bytes, *, name: str | None = None, max_px: int = MAX_IMAGE_PX) -> Image.Image:
+    """Decodes one picture to 8-bit RGB, upright, whatever its file is called.
+
+    source  a path, or the bytes of a file: JPEG, PNG, WebP, GIF or BMP, recognised by content
+    name    what errors call it (default: the path)
+    max_px  largest width x height; read from the header, nothing is decoded above it
+
+    Of an animation the first frame; transparency is composited on white; 16-bit grey is scaled, not clipped; CMYK is
+    converted as Pillow does; the EXIF orientation is applied; colour profiles are not.
+    Raises BadImage with a plain reason for everything else: missing, empty, cut off, another format, too large.
+
+    >>> file = io.BytesIO()
+    >>> Image.new("RGBA", (3, 2), (255, 0, 0, 0)).save(file, "PNG")
+    >>> open_image(file.getvalue()).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    shown = name if name is not None else "<bytes>" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings(), _file(source, shown) as file:
+            warnings.simplefilter("ignore")  # Pillow's bomb and metadata warnings: decided here, by max_px
+            return _decode(file, shown, max_px)
+    except (BadImage, MemoryError):  # no memory is the machine's fault, not the picture's
+        raise
+    except OSError as error:
+        raise BadImage(shown, f"cannot be read, broken or cut off: {error.strerror or error}") from error
+    except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, IndexError ... on broken files
+        raise BadImage(shown, f"is broken: {type(error).__name__}: {error}") from error
+
+
+def _file(source: str | Path | bytes, name: str) -> io.BufferedIOBase:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    path = Path(source)
+    if not path.exists():
+        raise BadImage(name, "does not exist")
+    if not path.is_file():  # a pipe would be waited for
+        raise BadImage(name, "is a folder or a device, not a file")
+    return path.open("rb")
+
+
+def _decode(file: io.BufferedIOBase, name: str, max_px: int) -> Image.Image:
+    head = file.read(16)
+    if not head:
+        raise BadImage(name, "the file is empty")
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=_FORMATS)  # type: ignore[arg-type]  # reads the header only
+    except UnidentifiedImageError:
+        reason = f"is no JPEG, PNG, WebP, GIF or BMP image, or is cut off in its header: it begins with {head!r}"
+        raise BadImage(name, reason) from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(name, f"is too large to decode (max_px is {max_px:,}): {error}") from None
+    width, height = image.size
+    if width * height > max_px:
+        raise BadImage(name, f"has {width} x {height} = {width * height:,} pixels, more than max_px = {max_px:,}")
+    image.load()
+    try:
+        turn = _ORIENTATION.get(image.getexif().get(0x0112, 1))
+    except Exception:  # broken metadata around a good picture: shown as stored
+        turn = None
+    rgb = _to_rgb(image)
+    rgb.info.clear()  # else a later reader of the EXIF tag turns it again
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, where convert("RGB") clips
+        return image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Images(ABC):
+    """One list of labelled pictures.
+
+    classes  names; a label is a position here
+    names    one per picture, unique: a path relative to the data folder, or "digits/0123"
+    labels   one per picture, 0..len(classes)-1
+    """
+
+    classes: tuple[str, ...]
+    names: Sequence[str]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """The picture, mode "RGB" or "L"; raises BadImage."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Files(Images):
+    root: Path
+
+    def load(self, index: int) -> Image.Image:
+        return open_image(self.root / self.names[index], name=self.names[index])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Digits(Images):
+    levels: Any  # (n, 8, 8) uint8 array
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.levels[index])
+
+
+def digits() -> tuple[Images, Images]:
+    """scikit-learn's 1,797 scanned digits, 8 x 8 px in 17 grey levels (0..255 here, mode "L"): 1,437 train, 360 test.
+
+    The split is stratified and fixed; no training seed moves it.  Raises ImportError without scikit-learn.
+
+    >>> train, test = digits()
+    >>> len(train), len(test), train.classes[3], set(train.names) & set(test.names)
+    (1437, 360, '3', set())
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("the digits are scikit-learn's: pip install lambdanets[digits]") from error
+    scans = load_digits()
+    levels = (scans.images * (255 / 16)).round().astype("uint8")
+    split = train_test_split(range(len(levels)), test_size=360, stratify=scans.target, random_state=0)
+    classes = tuple(str(name) for name in scans.target_names)
+
+    def part(ids: list[int]) -> Images:
+        ids = sorted(ids)
+        return _Digits(classes, [f"digits/{i:04d}" for i in ids], [int(scans.target[i]) for i in ids], levels[ids])
+
+    return part(split[0]), part(split[1])
+
+
+class Ignored(NamedTuple):
+    """Files passed over for one reason: how many (a hidden folder counts once), and up to ten of their names."""
+
+    files: int
+    first_names: list[str]
+
+
+@dataclass(frozen=True)
+class FolderData:
+    """What `folder` found: two lists with the same classes, a sentence on the split, and reason -> what was ignored."""
+
+    train: Images
+    val: Images
+    how: str
+    ignored: dict[str, Ignored]
+
+
+def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderData:
+    """Lists a folder of pictures: PATH/train/CLASS/... with PATH/val/CLASS/..., or PATH/CLASS/... split here.
+
+    The validation folder is the first of val, valid, validation, test.  Without one, a picture is held out if a hash of
+    (seed, name) falls below `val_frac`: a new file moves no other, except in a class so small that one side would stay
+    empty (there the lowest hash validates, the highest trains).  Classes are the folders of train in natural order (2
+    before 10, as timm; torchvision's ImageFolder has 10 before 2).  Folders inside a class are searched, links are
+    followed.  A class without validation pictures keeps its label, and `how` names it.
+
+    Raises BadData for what cannot be trained on: no folder, no pictures, fewer than two classes, an empty class, a
+    class of one picture that would have to be split, a validation class unknown to train.
+    """
+    root = Path(path)
+    if not 0 < val_frac < 1:
+        raise ValueError(f"val_frac is {val_frac}: it must lie between 0 and 1")
+    if not root.is_dir():
+        raise BadData(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: {_LAYOUTS}")
+    ignored: dict[str, list[str]] = defaultdict(list)
+    places = {name.lower(): name for name in _folders(root)}
+    train_place = places.get("train", "")
+    if train_place and not _folders(root / train_place):
+        train_place = ""  # pictures of railways: "train" is a class here
+    val_place = next((places[name] for name in _VAL_FOLDERS if name in places), "")
+    if val_place and not train_place and ("train" in places or _folders(root / val_place)):
+        raise BadData(f"{root} has {val_place}/ but no train/ with class folders in it: {_LAYOUTS}")
+    train, here = _classes(root, train_place, ignored), root / train_place
+    if not any(train.values()):
+        raise BadData(f"no images in the class folders of {here}: {_LAYOUTS}{_passed_over(ignored)}")
+    if empty := [name for name, files in train.items() if not files]:
+        raise BadData(f"no images in these classes of {here}: {_some(empty)}; add or remove{_passed_over(ignored)}")
+    if len(train) < 2:
+        raise BadData(f"only one class in {here}: {_some(train)}; a classifier needs two: {_LAYOUTS}")
+    if train_place and val_place:
+        val, there = _classes(root, val_place, ignored), root / val_place
+        if unknown := [name for name in val if name not in train]:
+            known = f"the {len(train):,} classes of {here} are {_some(train)}"
+            raise BadData(f"classes in {there} that training lacks: {_some(unknown)}; {known}; rename or remove them")
+        if not any(val.values()):
+            raise BadData(f"no images in {there}: fill it, or remove it to split {here}{_passed_over(ignored)}")
+        how = f"{train_place}/ and {val_place}/ as given"
+    else:
+        if single := [name for name, files in train.items() if len(files) == 1]:
+            raise BadData(f"classes of {here} with one image, too few to hold one out: {_some(single)}; add images")
+        train, val = _split(train, val_frac, seed)
+        how = f"no val folder, so {val_frac:.1%} of each class of {here} held out by a hash of (seed {seed}, name)"
+    classes = tuple(train)
+    train_images, val_images = _files(root, classes, train), _files(root, classes, val)
+    how += f": {len(train_images):,} training and {len(val_images):,} validation images of {len(classes):,} classes"
+    if without := [name for name in classes if not val.get(name)]:
+        how += f"; no validation images of {_some(without)}"
+    shown = {why: Ignored(len(names), sorted(names)[:_SHOWN]) for why, names in ignored.items()}
+    return FolderData(train_images, val_images, how, shown)
+
+
+def _files(root: Path, classes: tuple[str, ...], files: dict[str, list[str]]) -> Images:
+    labelled = [(name, label) for label, of in enumerate(classes) for name in files.get(of, [])]
+    return _Files(classes, [name for name, _ in labelled], [label for _, label in labelled], root)
+
+
+def _folders(place: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(place) if entry.is_dir() and not _hidden(entry.name)]
+
+
+def _classes(root: Path, top: str, ignored: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Class -> its images below root/top, as sorted paths relative to root; the classes in natural order."""
+
+    def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
+        raise BadData(f"{error.filename} cannot be listed: {error.strerror}")
+
+    found: dict[str, list[str]] = {}
+    seen: set[tuple[str, str]] = set()
+    for place, inner, files in os.walk(root / top, onerror=refuse, followlinks=True):
+        at = Path(place).relative_to(root)
+        of = "".join(Path(place).relative_to(root / top).parts[:1])  # "" at the top
+        here = (of, os.path.realpath(place))
+        if here in seen:  # a link led back
+            inner.clear()
+            continue
+        seen.add(here)
+        if of:
+            found.setdefault(of, [])
+        for name in filter(_hidden, inner):
+            ignored["hidden or system"].append(f"{(at / name).as_posix()}/")
+        inner[:] = sorted(name for name in inner if not _hidden(name))
+        for name in files:
+            shown = (at / name).as_posix()
+            if _hidden(name):
+                ignored["hidden or system"].append(shown)
+            elif Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+                ignored["no image suffix"].append(shown)
+            elif not of:
+                ignored["outside a class folder"].append(shown)
+            else:
+                found[of].append(shown)
+    return {of: sorted(found[of]) for of in sorted(found, key=_natural)}
+
+
+def _split(
+    files: dict[str, list[str]], val_frac: float, seed: int
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    train, val = {}, {}
+    for of, names in files.items():
+        rank = {name: _hash("split", seed, name) / 2**64 for name in names}
+        lowest, highest = min(names, key=rank.__getitem__), max(names, key=rank.__getitem__)
+        held = {name for name in names if rank[name] < val_frac or name == lowest} - {highest}
+        train[of] = [name for name in names if name not in held]
+        val[of] = [name for name in names if name in held]
+    return train, val
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM_NAMES
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def _passed_over(ignored: dict[str, list[str]]) -> str:
+    return "".join(f"; {len(names):,} ignored ({why}): {_some(names)}" for why, names in ignored.items())
+
+
+def _hash(*parts: str | int) -> int:
+    """64 bits that depend on the parts alone, the same on every machine."""
+    text = "/".join(str(part) for part in parts).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def check_labels(images: Images) -> None:
+    """Raises BadData at the first label outside 0..len(classes)-1, naming the sample."""
+    if len(images.labels) != len(images.names):
+        raise BadData(f"{len(images.names):,} names but {len(images.labels):,} labels")
+    last = len(images.classes) - 1
+    for name, label in zip(images.names, images.labels, strict=True):
+        if not 0 <= label <= last:
+            raise BadData(f"{name} has the label {label}: labels run from 0 to {last} ({last + 1} classes)")
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture becomes the tensor that a model sees: all of it, so that a run folder can keep it (`asdict`, JSON).
+
+    image_px       side of the square
+    in_channels    1 (grey) or 3 (RGB)
+    mean, std      of each channel, in units where white is 1
+    crop_frac      side of the central square kept, as a fraction of the shorter side; 1 keeps the largest square
+    interpolation  "bilinear" or "bicubic", antialiased (Pillow)
+
+    >>> grey = View(image_px=4, in_channels=1, mean=(0.5,), std=(0.25,), crop_frac=1.0)
+    >>> grey.evaluate(Image.new("RGB", (9, 7), "white")).unique()    # (1 - mean) / std
+    tensor([2.])
+    """
+
+    image_px: int
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_frac: float = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # JSON gives lists
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.image_px < 1:
+            raise ValueError(f"image_px is {self.image_px}: it must be at least 1")
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"in_channels is {self.in_channels}: 1 (grey) or 3 (RGB)")
+        if not len(self.mean) == len(self.std) == self.in_channels or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}: {self.in_channels} numbers each, std above 0")
+        if not 0 < self.crop_frac <= 1:
+            raise ValueError(f"crop_frac is {self.crop_frac}: it must lie above 0 and be at most 1")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {self.interpolation!r}: bilinear or bicubic")
+
+    def evaluate(self, image: Image.Image) -> Tensor:
+        """(C, H, W) float32: shorter side to round(image_px / crop_frac), centre crop, normalised."""
+        image = self._in_mode(image)
+        short_px = round(self.image_px / self.crop_frac)
+        width, height = (short_px * side // min(image.size) for side in image.size)
+        left, top = (round((side - self.image_px) / 2) for side in (width, height))
+        # The crop alone is resized: the same but for rounding, and 1 x 1,000,000 never becomes 256 x 256,000,000.
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + self.image_px) * across, (top + self.image_px) * down)
+        resample = Image.Resampling[self.interpolation.upper()]
+        return self._normalised(image.resize((self.image_px, self.image_px), resample, box))
+
+    def _in_mode(self, image: Image.Image) -> Image.Image:
+        mode = "L" if self.in_channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+
+    def _normalised(self, image: Image.Image) -> Tensor:
+        levels = v2.functional.pil_to_tensor(image).float().div_(255)
+        return v2.functional.normalize(levels, list(self.mean), list(self.std), inplace=True)
+
+
+def training_transform(
+    view: View, *, augment: str, randaugment_ops: int = 0, randaugment_magnitude: int = 0
+) -> Callable[[Image.Image], Tensor]:
+    """A function from picture to (C, H, W) float32 that draws from torch's ambient generator (`Batches` seeds it).
+
+    augment  "imagenet": a random crop of 8 to 100% of the area, a flip, then `randaugment_ops` of RandAugment;
+             "digits": rotation to 10 degrees, shift to 8%, scale 0.9 to 1.1, no flip; "none": `view.evaluate`
+    randaugment_magnitude  0..30, torchvision's scale.  Level m of the published TensorFlow code (its scale ends at 10)
+             is 3 m here: 10 there is 30 here, and the paper's 15 lies beyond
+    """
+    if randaugment_ops < 0 or not 0 <= randaugment_magnitude <= 30:
+        asked = f"randaugment_ops is {randaugment_ops}, randaugment_magnitude {randaugment_magnitude}"
+        raise ValueError(f"{asked}: 0 or more, and 0 to 30")
+    if randaugment_ops and augment != "imagenet":
+        raise ValueError(f"randaugment_ops is {randaugment_ops} with augment={augment!r}: it goes with 'imagenet' only")
+    px, filter_ = view.image_px, v2.InterpolationMode(view.interpolation)
+    if augment == "none":
+        return view.evaluate
+    if augment == "imagenet":
+        steps = [v2.RandomResizedCrop(px, scale=(0.08, 1), interpolation=filter_), v2.RandomHorizontalFlip()]
+        if randaugment_ops:
+            steps.append(v2.RandAugment(randaugment_ops, randaugment_magnitude, fill=128))  # grey, as published
+    elif augment == "digits":
+        steps = [v2.Resize((px, px), filter_), v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=filter_)]
+    else:
+        raise ValueError(f"augment is {augment!r}: 'imagenet', 'digits' or 'none'")
+    return v2.Compose([view._in_mode, *steps, view._normalised])
+
+
+class Batch(NamedTuple):
+    """images (b, C, H, W) float32; labels (b,) int64; ids: which of the Images these are (a substitute's own id)."""
+
+    images: Tensor
+    labels: Tensor
+    ids: list[int]
+
+
+class _Result(NamedTuple):
+    found: Batch | BadImage | BadData  # an error is a value here: raised in a worker it would arrive as a wall of text
+    bad: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """(epoch, ids) -> their batch: the part that runs in a worker, and remembers nothing."""
+
+    images: Images
+    transform: Callable[[Image.Image], Tensor]
+    training: bool
+    seed: int
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> _Result:
+        epoch, ids = key
+        bad: dict[str, str] = {}
+        tensors, used = [], []
+        ambient = torch.get_rng_state()
+        try:
+            for index in ids:
+                image, found = self._readable(epoch, index, bad)
+                # not torch.manual_seed, which reaches for the accelerators
+                torch.default_generator.manual_seed(_hash("augment", self.seed, epoch, index))
+                tensors.append(self.transform(image))
+                used.append(found)
+        except (BadImage, BadData) as error:
+            return _Result(error, bad)
+        finally:
+            torch.set_rng_state(ambient)
+        labels = torch.tensor([int(self.images.labels[index]) for index in used])
+        return _Result(Batch(torch.stack(tensors), labels, used), bad)
+
+    def _readable(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[Image.Image, int]:
+        """The picture and its id; in training the first readable one of a sequence fixed by (seed, epoch, index)."""
+        candidate = index
+        for attempt in range(_SUBSTITUTES):
+            try:
+                return self.images.load(candidate), candidate
+            except BadImage as error:
+                if not self.training:
+                    raise
+                bad[self.images.names[candidate]] = error.reason
+            candidate = _hash("substitute", self.seed, epoch, index, attempt) % len(self.images)
+        raise BadData(f"{self.images.names[index]} and {_SUBSTITUTES - 1} substitutes in a row cannot be read")
+
+
+class Batches:
+    """The batches of an epoch: order, augmentation and substitutes are a function of (seed, epoch, sample id) alone.
+
+    images        what to read; its labels are checked here (BadData)
+    view          picture -> tensor
+    batch_images  images in a batch
+    training      False: every image once, in order; an unreadable one raises BadImage.  True: shuffled, augmented,
+                  unreadable ones replaced, every batch full (a set smaller than a batch is one smaller batch)
+    seed          of order and augmentation
+    augment, randaugment_ops, randaugment_magnitude   see `training_transform`; used in training only
+    workers       processes that read; 0 reads here; the number does not change one bit of the result
+    max_bad_frac  of the data set: more unreadable pictures than this (and more than one) raise BadData
+    bad_file      where each unreadable picture is appended once, as a JSON line {"name", "reason"}
+    """
+
+    bad: dict[str, str]
+    """name -> reason of the unreadable pictures met so far."""
+
+    def __init__(
+        self,
+        images: Images,
+        view: View,
+        *,
+        batch_images: int,
+        training: bool,
+        seed: int = 0,
+        augment: str = "none",
+        randaugment_ops: int = 0,
+        randaugment_magnitude: int = 0,
+        workers: int = 0,
+        max_bad_frac: float = 0.001,
+        bad_file: Path | None = None,
+    ) -> None:
+        if batch_images < 1 or workers < 0 or not 0 <= max_bad_frac <= 1:
+            asked = f"batch_images is {batch_images}, workers {workers}, max_bad_frac {max_bad_frac}"
+            raise ValueError(f"{asked}: 1 or more, 0 or more, and 0 to 1")
+        if len(images) < 1 + training:  # batch norm on a 1 x 1 map cannot use a batch of one
+            raise BadData(f"{len(images)} image(s) to {'train on: two' if training else 'evaluate: one'} at least")
+        check_labels(images)
+        self.images, self.view, self.batch_images, self.training = images, view, batch_images, training
+        self.seed, self.max_bad_frac, self.bad_file = seed, max_bad_frac, bad_file
+        self.bad = {}
+        self._listed = _listed(bad_file)
+        transform: Callable[[Image.Image], Tensor] = view.evaluate
+        if training:
+            ops, magnitude = randaugment_ops, randaugment_magnitude
+            transform = training_transform(view, augment=augment, randaugment_ops=ops, randaugment_magnitude=magnitude)
+        self._reader = _Reader(images, transform, training, seed)
+        self._keys: list[tuple[int, list[int]]] = []  # of the epoch under way: the sampler of the loader below
+        self._epochs_started = 0
+        self._source: Iterable[_Result] | None = None
+        if workers:
+            self._source = DataLoader(
+                self._reader,  # type: ignore[arg-type]  # has __getitem__, is no Dataset
+                batch_size=None,
+                sampler=self._keys,
+                num_workers=workers,
+                persistent_workers=True,
+                collate_fn=_unchanged,
+                generator=torch.Generator(),  # else every epoch draws from the ambient one
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        if self.training:
+            return max(1, len(self.images) // self.batch_images)
+        return -(-len(self.images) // self.batch_images)
+
+    def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from `first_batch` on (a resumed run reads nothing twice); one epoch at a time."""
+        ids = list(range(len(self.images)))
+        if self.training:
+            shuffle = torch.Generator().manual_seed(_hash("order", self.seed, epoch))
+            ids = torch.randperm(len(ids), generator=shuffle).tolist()
+        starts = range(first_batch * self.batch_images, len(self) * self.batch_images, self.batch_images)
+        self._keys[:] = [(epoch, ids[start : start + self.batch_images]) for start in starts]
+        self._epochs_started = started = self._epochs_started + 1
+        for result in self._source if self._source is not None else map(self._reader.__getitem__, self._keys):
+            if started != self._epochs_started:
+                raise RuntimeError(f"epoch {epoch} is no longer read: another one was started on the same Batches")
+            self._count(result.bad)
+            if isinstance(result.found, ValueError):
+                # a new one: `result` lives in this frame, and a cycle of error and frame would keep the workers alive
+                raise type(result.found)(*result.found.args)
+            yield result.found
+
+    def _count(self, bad: dict[str, str]) -> None:
+        new = {name: reason for name, reason in bad.items() if name not in self.bad}
+        if not new:
+            return
+        self.bad.update(new)
+        if self.bad_file is not None:
+            lines = [json.dumps({"name": name, "reason": new[name]}) for name in new if name not in self._listed]
+            with self.bad_file.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        allowed = max(1, int(self.max_bad_frac * len(self.images)))
+        if len(self.bad) > allowed:
+            found = f"{len(self.bad):,} of {len(self.images):,} training images cannot be read, {allowed:,} allowed"
+            listed = f" (listed in {self.bad_file})" if self.bad_file is not None else ""
+            first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.bad.items())[:_SHOWN])
+            remedy = f"repair or remove them{listed}, or raise max_bad_frac (now {self.max_bad_frac})"
+            raise BadData(f"{found}: {remedy}; the first:{first}")
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _listed(bad_file: Path | None) -> set[str]:
+    """The names that an earlier run wrote already."""
+    if bad_file is None or not bad_file.exists():
+        return set()
+    text = bad_file.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):  # a kill cut the last line short: that name is written again
+        text = text[: text.rfind("\n") + 1]
+        bad_file.write_text(text, encoding="utf-8")
+    return {json.loads(line)["name"] for line in text.splitlines()}

@@ -1,0 +1,143 @@
+"""A model and images in, numbers out. Evaluation never skips or substitutes an image: a bad one is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lambdanets.data import BadImage, Batches, View, open_image
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` found.
+
+    n            images, each counted once
+    top1_frac    share of them whose first class is the label
+    top5_frac    share whose label is among the first five; None where there are five classes or fewer
+    loss         mean cross-entropy, nats, without label smoothing
+    confusion    confusion[label][predicted]: images; the sum of all is n
+    ids          the images' numbers in their data set, in the order of `predicted`
+    predicted    the first class of each image
+    """
+
+    n: int
+    top1_frac: float
+    top5_frac: float | None
+    loss: float
+    confusion: list[list[int]]
+    ids: list[int]
+    predicted: list[int]
+
+    @property
+    def errors(self) -> int:
+        """Images whose first class is not the label."""
+        return self.n - sum(row[label] for label, row in enumerate(self.confusion))
+
+    def __str__(self) -> str:
+        top5 = "" if self.top5_frac is None else f", top-5 {self.top5_frac:.2%}"
+        return f"{self.n - self.errors} of {self.n} right: top-1 {self.top1_frac:.2%}{top5}"
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches, *, classes: int, device: torch.device) -> Scores:
+    """Run the model in eval mode and float32 over every image of the batches, once, and count.
+
+    model     (b, C, H, W) -> (b, classes) logits; its training mode is put back afterwards
+    batches   made with training=False
+    Raises what `batches` raises for an image that cannot be read.
+    """
+    was_training = model.training
+    model.eval()
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    ids: list[int] = []
+    predicted: list[int] = []
+    loss_sum, in_five = 0.0, 0
+    for images, labels, batch_ids in batches.epoch(0):
+        logits = model(images.to(device)).cpu()  # (b, classes)
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+        first = logits.argmax(dim=1)
+        confusion += torch.bincount(labels * classes + first, minlength=classes**2).view(classes, classes)
+        if classes > 5:
+            in_five += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
+        ids.extend(int(i) for i in batch_ids)
+        predicted.extend(first.tolist())
+    model.train(was_training)
+    n = len(predicted)
+    if n == 0:
+        raise ValueError("evaluate: the batches hold no image")
+    return Scores(
+        n=n,
+        top1_frac=int(confusion.diagonal().sum()) / n,
+        top5_frac=in_five / n if classes > 5 else None,
+        loss=loss_sum / n,
+        confusion=confusion.tolist(),
+        ids=ids,
+        predicted=predicted,
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's class probabilities, or why there are none: exactly one of `probabilities` and `error` is given."""
+
+    image: str
+    probabilities: list[float] | None = None
+    error: str | None = None
+
+    def top(self, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
+        """The k most probable classes and their probabilities, best first; all of them where k is larger."""
+        return sorted(zip(classes, self.probabilities or [], strict=True), key=lambda pair: -pair[1])[:k]
+
+    def text(self, classes: Sequence[str], k: int) -> str:
+        """One line for a person.
+
+        >>> Prediction("a.png", [0.25, 0.75]).text(("cat", "dog"), 2)
+        'a.png  dog 75.0%  cat 25.0%'
+        """
+        return "  ".join([self.image, *(f"{name} {share:.1%}" for name, share in self.top(classes, k))])
+
+    def json(self, classes: Sequence[str], k: int) -> str:
+        """One line for a program: {"image", "top": [{"class", "probability"}]} or {"image", "error"}."""
+        if self.error is not None:
+            return json.dumps({"image": self.image, "error": self.error})
+        top = [{"class": name, "probability": round(share, 6)} for name, share in self.top(classes, k)]
+        return json.dumps({"image": self.image, "top": top})
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, view: View, images: Iterable[str | Path], *, device: torch.device, batch_images: int = 32
+) -> Iterator[Prediction]:
+    """Softmax probabilities of each image file, in the order given; a bad file becomes a Prediction with an error.
+
+    At most `batch_images` images are in memory at a time, and results are given as their batch is done. float32.
+    """
+    model.eval()
+    batch: list[Prediction | torch.Tensor] = []
+    names: list[str] = []
+    for image in images:
+        names.append(str(image))
+        try:
+            batch.append(view.evaluate(open_image(image)))  # (C, H, W)
+        except BadImage as error:
+            batch.append(Prediction(str(image), error=error.reason))
+        if len(batch) == batch_images:
+            yield from _predict_batch(model, names, batch, device)
+            batch, names = [], []
+    yield from _predict_batch(model, names, batch, device)
+
+
+def _predict_batch(
+    model: nn.Module, names: list[str], batch: list[Prediction | torch.Tensor], device: torch.device
+) -> Iterator[Prediction]:
+    good = [x for x in batch if isinstance(x, torch.Tensor)]
+    rows = iter(model(torch.stack(good).to(device)).float().softmax(dim=1).tolist() if good else [])
+    for name, found in zip(names, batch, strict=True):
+        yield found if isinstance(found, Prediction) else Prediction(name, probabilities=next(rows))

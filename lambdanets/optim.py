@@ -1,0 +1,89 @@
+"""What moves the weights: which of them decay, the learning rate as a function of the step, the running average."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from lambdanets.recipes import Recipe
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The model's trainable parameters in two groups: those that decay and those that do not.
+
+    No decay on parameters of one dimension (biases, batch norm) and on the names of `model.no_weight_decay()`, the
+    relative tables: a table is N(0, 1) by the paper's initialisation, and decay would shrink the positions away.
+    A parameter shared by several layers is in one group, once.
+    """
+    named = getattr(model, "no_weight_decay", set)
+    groups: list[dict] = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=named())
+    return groups
+
+
+def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `parameter_groups`; its rate is set before every step from `learning_rate`."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum)
+
+
+def learning_rate(step: int, peak_lr: float, *, warmup_steps: int, total_steps: int) -> float:
+    """The rate of that step: linear up to the peak, then half a cosine that reaches 0 after the last step.
+
+        (step + 1) / warmup_steps * peak_lr                                               step < warmup_steps
+        (1 + cos(pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2 * peak_lr   otherwise
+
+    step  0 for the first. The warm-up starts at peak_lr / warmup_steps, not at 0, which would waste the first step.
+
+    >>> [round(learning_rate(s, 1.0, warmup_steps=2, total_steps=6), 3) for s in range(7)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / warmup_steps
+    part = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak_lr * 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """The decay of that step: min(decay, (1 + step) / (10 + step)), so that a short run forgets its first weights.
+
+    A decay of 0.9999 remembers 10,000 steps; a run of 900 would end as the average of its own beginning. TensorFlow's
+    ExponentialMovingAverage has the same warm-up (num_updates).
+
+    >>> [round(ema_decay(s, 0.99), 3) for s in (0, 10, 900, 10_000)]
+    [0.1, 0.55, 0.99, 0.99]
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class RunningAverage:
+    """An exponential moving average of a model's parameters and batch statistics; `module` holds it, in eval mode.
+
+    Not timm's ModelEmaV3: it walks the state dict, where a table shared by several layers stands several times, and
+    would average that table several times a step.
+    decay = 0 keeps the last weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """average <- d * average + (1 - d) * model with d = `ema_decay(step)`; whole numbers are copied."""
+        new_share = 1 - ema_decay(step, self.decay)
+        own, new = _tensors(self.module), _tensors(model)
+        floats = [i for i, t in enumerate(own) if t.is_floating_point()]
+        torch._foreach_lerp_([own[i] for i in floats], [new[i] for i in floats], new_share)
+        for average, value in zip(own, new, strict=True):
+            if not average.is_floating_point():
+                average.copy_(value)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*(p.detach() for p in model.parameters()), *model.buffers()]  # each shared one once

@@ -1,0 +1,181 @@
+"""Training runs written down: one dataclass, one function for each run worth repeating. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RecipeName = Literal["digits", "folder", "layer_comparison", "pareto"]
+
+
+class BadRecipe(ValueError):
+    """A recipe, or a change to one, that cannot be trained; the message names the argument."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run learns, apart from the images, the seed and the device.
+
+    name                what the run's folder is called after
+    model               a name of `lambdanets.list_models()`
+    image_px            side of the square that the model sees, training and evaluation, pixels
+    epochs              passes over the training images
+    batch_images        images a step; the learning rate follows it
+    lr_per_256          learning rate for 256 images a step; the peak rate is lr_per_256 * batch_images / 256
+    warmup_epochs       linear from 0 to the peak; then a cosine to 0
+    optimizer           "sgd" or "adamw"
+    momentum            SGD's momentum (no Nesterov), or AdamW's beta1
+    weight_decay        on matrices and kernels only: not on biases, norms and relative tables (optim.parameter_groups)
+    label_smoothing     share of the target spread evenly over the classes, in [0, 1)
+    augment             "none"; "imagenet": random resized crop and flip; "digits": a mild rotation, shift and zoom
+    randaugment_ops     RandAugment operations an image, 0 for none
+    randaugment_magnitude  their level in the TensorFlow code that the paper's numbers belong to, 0 to 15
+    drop_rate           dropout before the classifier, in [0, 1)
+    drop_path_rate      stochastic depth of the last block, in [0, 1)
+    ema_decay           the evaluated weights are a running average with this decay (warmed up); 0: the last weights
+    amp                 bfloat16 autocast where the device is a GPU; a CPU always computes in float32
+    in_channels         1: images are read as grey; 3: as RGB
+    mean, std           of each channel, in [0, 1], subtracted and divided
+    crop_frac           evaluation resizes the shorter side to image_px / crop_frac and takes the middle
+    interpolation       of that resize: "bilinear" or "bicubic"
+    eval_batch_images   images a batch in evaluation; changes memory and time, not the result
+
+    Raises BadRecipe where a value cannot be used; the message starts with the argument's name.
+
+    >>> from lambdanets.recipes import imagenet
+    >>> imagenet.layer_comparison().peak_lr          # 0.1 * 4096 / 256
+    1.6
+    """
+
+    name: str
+    model: str
+    image_px: int
+    epochs: int
+    batch_images: int
+    lr_per_256: float
+    warmup_epochs: float
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    augment: Literal["none", "imagenet", "digits"] = "none"
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 0
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    ema_decay: float = 0.0
+    amp: bool = True
+    in_channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop_frac: float = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    eval_batch_images: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # a recipe read back from JSON holds lists
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise BadRecipe(f"{field.name} must be a finite number, not {value}")
+
+        def need(ok: bool, argument: str, wanted: str) -> None:
+            if not ok:
+                raise BadRecipe(f"{argument} must be {wanted}, not {getattr(self, argument)!r}")
+
+        need(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name) is not None, "name", "letters, digits, '_', '.' or '-'")
+        for argument in ("image_px", "epochs", "batch_images", "eval_batch_images"):
+            need(getattr(self, argument) >= 1, argument, "at least 1")
+        need(self.in_channels in (1, 3), "in_channels", "1 (grey) or 3 (RGB)")
+        need(self.lr_per_256 > 0, "lr_per_256", "greater than 0")
+        need(self.optimizer in ("sgd", "adamw"), "optimizer", "'sgd' or 'adamw'")
+        need(self.augment in ("none", "imagenet", "digits"), "augment", "'none', 'imagenet' or 'digits'")
+        need(self.interpolation in ("bilinear", "bicubic"), "interpolation", "'bilinear' or 'bicubic'")
+        for argument in ("momentum", "label_smoothing", "drop_rate", "drop_path_rate", "ema_decay"):
+            need(0 <= getattr(self, argument) < 1, argument, "in [0, 1)")
+        need(self.weight_decay >= 0, "weight_decay", "at least 0")
+        need(0 < self.crop_frac <= 1, "crop_frac", "in (0, 1]")
+        need(self.randaugment_ops >= 0, "randaugment_ops", "at least 0")
+        need(0 <= self.randaugment_magnitude <= 15, "randaugment_magnitude", "in 0 to 15")
+        if self.randaugment_ops and self.augment != "imagenet":
+            raise BadRecipe(
+                f"randaugment_ops is {self.randaugment_ops}, but RandAugment goes with augment='imagenet' only"
+            )
+        need(len(self.mean) == self.in_channels, "mean", f"one number for each of in_channels = {self.in_channels}")
+        need(len(self.std) == self.in_channels, "std", f"one number for each of in_channels = {self.in_channels}")
+        need(all(s > 0 for s in self.std), "std", "greater than 0")
+        need(
+            0 <= self.warmup_epochs < self.epochs,
+            "warmup_epochs",
+            f"at least 0 and less than the epochs, here {self.epochs}",
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up: lr_per_256 * batch_images / 256 (paper.md section 4)."""
+        return self.lr_per_256 * self.batch_images / 256
+
+    def with_epochs(self, epochs: int) -> Recipe:
+        """The same run over another number of epochs: the warm-up keeps its share of it."""
+        return replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
+
+
+def choose(
+    name: RecipeName,
+    *,
+    model: str | None = None,
+    image_px: int | None = None,
+    epochs: int | None = None,
+    batch_images: int | None = None,
+    lr_per_256: float | None = None,
+    small: bool = False,
+) -> Recipe:
+    """The recipe of that name with the given values in place of its own; what the command line calls.
+
+    model, image_px  for "pareto" they select the row of the paper: "lambda_resnet152" and 224
+    epochs           the warm-up keeps its share of the run
+    small            the form that a CPU finishes in a minute (there is one for "layer_comparison" and "pareto")
+    Raises BadRecipe: an unknown name, `small` where there is no small form, and whatever Recipe refuses.
+
+    >>> choose("digits", epochs=3).epochs
+    3
+    """
+    from lambdanets.recipes import digits, folder, imagenet  # here, because they import Recipe from this module
+
+    if small and name in ("digits", "folder"):
+        raise BadRecipe(f"small: the recipe {name!r} has no small form; give epochs and image_px instead")
+    if name == "digits":
+        recipe = digits.digits()
+    elif name == "folder":
+        recipe = folder.folder()
+    elif name == "layer_comparison":
+        recipe = imagenet.layer_comparison(small=small)
+    elif name == "pareto":
+        depth = re.fullmatch(r"lambda_resnet(\d+)", model or "lambda_resnet50")
+        if depth is None:
+            raise BadRecipe(
+                f"model must be one of the paper's lambda_resnetDEPTH for the recipe 'pareto', not {model!r}"
+            )
+        recipe = imagenet.pareto(int(depth[1]), image_px or 128, small=small)
+    else:
+        raise BadRecipe(f"recipe must be 'digits', 'folder', 'layer_comparison' or 'pareto', not {name!r}")
+
+    if epochs is not None:
+        if epochs < 1:  # before with_epochs, whose own complaint would be about the warm-up
+            raise BadRecipe(f"epochs must be at least 1, not {epochs}")
+        recipe = recipe.with_epochs(epochs)
+    if model is not None and not (small and name == "pareto"):  # there the model chose the row, and is made small
+        recipe = replace(recipe, model=model)
+    if image_px is not None and not (small and name == "pareto"):
+        recipe = replace(recipe, image_px=image_px)
+    if batch_images is not None:
+        recipe = replace(recipe, batch_images=batch_images)
+    if lr_per_256 is not None:
+        recipe = replace(recipe, lr_per_256=lr_per_256)
+    return recipe

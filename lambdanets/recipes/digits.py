@@ -1,0 +1,42 @@
+"""The run that a newcomer sees first: handwritten digits on a CPU."""
+
+from __future__ import annotations
+
+from lambdanets.recipes import Recipe
+
+
+def digits() -> Recipe:
+    """A small LambdaResNet on scikit-learn's 1,797 scanned digits: 1,437 to train, 360 held out.
+
+        lambdanets train
+
+    359, 360 and 359 of the 360 held-out digits right with seeds 0, 1 and 2 (99.81% on average, n = 360, 2026-11), in
+    109 s on two CPU cores at a load of 3. The epochs were cut from 20 to 10 for time, when both gave these counts;
+    nothing else was tried on the held-out digits.
+    The scans are 8 x 8; doubled to 16 px the first lambda stage sees 16 x 16 positions and the last one 4 x 4. AdamW,
+    since 220 steps are few; mild rotation, shift and zoom, since people differ in these; the whole image is evaluated.
+
+    >>> digits().epochs, digits().peak_lr
+    (10, 0.002)
+    """
+    return Recipe(
+        name="digits",
+        model="lambda_resnet_tiny",
+        image_px=16,
+        in_channels=1,
+        epochs=10,
+        batch_images=64,
+        eval_batch_images=120,
+        optimizer="adamw",
+        momentum=0.9,
+        lr_per_256=0.008,
+        warmup_epochs=2,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        augment="digits",
+        ema_decay=0.999,
+        mean=(0.5,),
+        std=(0.5,),
+        crop_frac=1.0,
+        interpolation="bilinear",
+    )

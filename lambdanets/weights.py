@@ -1,0 +1,179 @@
+"""Public models and checkpoints: timm's lambda layers evaluated in our order, d-li14's weights in our model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .layer import _mismatch
+from .ops import lambda_op
+from .resnet import LambdaResNet, create_model
+
+PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
+
+
+@register_notrace_module  # timm's feature extractors that trace a graph call it as one node
+class AcceleratedLambdaLayer(TimmLambdaLayer):
+    """timm's `LambdaLayer` with another forward: the same parameters under the same names, planned by `lambda_op`.
+
+        y[b,n,h,v] = Σ_k q[b,n,h,k] · (Σ_m (K̄[b,m,k] + R[t(m)-t(n),k]) · V[b,m,v] + bias[k])
+
+    It adds no state, so that an object of either class becomes one of the other by its `__class__` alone.
+    x (b, dim, H, W) -> (b, heads·v, H, W), or H//2, W//2 where timm's layer pools. A window takes any map; a table
+    (`pos_emb`) also takes smaller maps than it was made for, by its middle, which timm's forward does not. Raises
+    ValueError on larger ones.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, height, width = x.shape
+        h, k, v, n = self.num_heads, self.dim_qk, self.dim_v, height * width
+        q, keys, values = self.qkv(x).split([h * k, k, v], dim=1)
+        q = self.norm_q(q).reshape(b, h, k, n).permute(0, 3, 1, 2)
+        keys = keys.reshape(b, k, 1, n).permute(0, 3, 1, 2)
+        values = self.norm_v(values).reshape(b, v, 1, n).permute(0, 3, 1, 2)
+        y = lambda_op(q, keys, values, table=self._table(height, width), grid=(height, width))
+        if self.conv_lambda is not None and self.conv_lambda.bias is not None:
+            y = y + (q * self.conv_lambda.bias.to(q.dtype)).sum(-1, keepdim=True)
+        return self.pool(y.permute(0, 2, 3, 1).reshape(b, h * v, height, width))
+
+    def _table(self, height: int, width: int) -> Tensor:
+        """timm's positions as a relative table (r_y, r_x, k, 1), a view: both are indexed by context - query."""
+        if self.conv_lambda is not None:
+            return self.conv_lambda.weight[:, 0].permute(1, 2, 0, 3)  # (k, 1, r_y, r_x, 1)
+        if height > self.feat_size[0] or width > self.feat_size[1]:
+            raise ValueError(
+                f"the map is {(height, width)} and pos_emb was made for at most {tuple(self.feat_size)}: give smaller "
+                "images, or build timm's model with img_size=... and load its pos_emb from lambdanets.resize_table("
+                f"pos_emb[..., None], {(height, width)})[..., 0]"
+            )
+        return self.pos_emb[..., None]  # (2H-1, 2W-1, k)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AcceleratedLambdaLayer":
+        # A 5-D kernel makes `model.to(memory_format=torch.channels_last)` fail; its last axis has one element.
+        def on_four_axes(t: Tensor) -> Tensor:
+            return fn(t.squeeze(-1)).unsqueeze(-1) if t.dim() == 5 else fn(t)
+
+        return super()._apply(on_four_axes, recurse)
+
+
+def accelerate(model: nn.Module, *, undo: bool = False) -> int:
+    """Evaluate every timm `LambdaLayer` of a model in the order that `lambda_op` plans, in place: the same function.
+
+    model    any module, or a `LambdaLayer` itself. Its modules, parameters, hooks and state dict stay the objects
+             and names they are: optimisers go on, checkpoints of either form load into the other
+    undo     True gives every layer timm's own forward back
+    returns  layers changed: 0 for a model without any, or on a second call
+
+    Outputs and gradients equal timm's: to 1e-10 in float64, within rounding below. timm's published weights have such
+    layers in lambda_resnet26t, lambda_resnet26rpt_256, lambda_resnet50ts and lamhalobotnet50ts_256. Call it before
+    tracing a graph (`torch.fx`, `torch.export`); subclasses with a forward of their own are left alone.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), TimmLambdaLayer(32, r=9), nn.ReLU()).double().eval()
+    >>> x = torch.randn(2, 3, 10, 14).double()
+    >>> before = model(x)
+    >>> accelerate(model)
+    1
+    >>> bool(torch.allclose(model(x), before, rtol=0, atol=1e-10))
+    True
+    >>> accelerate(model), accelerate(model, undo=True)
+    (0, 1)
+    """
+    old, new = (AcceleratedLambdaLayer, TimmLambdaLayer) if undo else (TimmLambdaLayer, AcceleratedLambdaLayer)
+    layers = [module for module in model.modules() if type(module) is old]
+    for layer in layers:
+        layer.__class__ = new
+    return len(layers)
+
+
+def create_public(
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """Build timm's model of that name, with timm's published weights if asked, and `accelerate` it.
+
+    name             one of PUBLIC, with timm's tag or without: "lambda_resnet26t", "lambda_resnet50ts.a1h_in1k"
+    pretrained       True downloads the weights by timm (a cache, then the network)
+    num_classes      another count than 1000 starts a new classifier; 0 gives features
+    drop_rate        dropout before the classifier
+    drop_path_rate   stochastic depth
+
+    The preprocessing that the weights were trained with is in `model.pretrained_cfg`: 256 px, crop 0.94 or 0.95.
+
+    >>> model = create_public("lambda_resnet26t")
+    >>> sum(p.numel() for p in model.parameters())
+    10958272
+    """
+    if name.split(".")[0] not in PUBLIC:
+        raise ValueError(f"no public lambda model is called {name!r}: timm has weights for {', '.join(PUBLIC)}")
+    model: nn.Module = timm.create_model(
+        name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )  # fmt: skip
+    accelerate(model)
+    return model
+
+
+def from_d_li14(state_dict: Mapping[str, Any]) -> LambdaResNet:
+    """Load the state dict of d-li14's lambda_resnet50 (github.com/d-li14/lambda.pytorch) into `resnet50_llll`.
+
+    state_dict   torchvision's names, `module.` in front or not, and `layerL.B.conv2.` conv_qkv.weight (rows q, k, v;
+                 q head-major), norm_q, norm_v, lambda_conv.weight (16, 1, 1, 23, 23) indexed by context - query,
+                 lambda_conv.bias (16,)
+    returns      a model in training mode whose outputs are theirs: with the constant on the position lambda, and
+                 3x3 pooling that counts the padding. As many classes as `fc` has
+
+    Raises RuntimeError, naming at most ten keys a kind, where a key is missing, unknown, or of another shape. The
+    layout is that of lambda_layer.py and lambda_resnet.py at commit 7a10beb; published top-1 78.208 (its README).
+
+    >>> model = create_model("resnet50_llll", lambda_args={"position_bias": True, "pool_count_padding": True})
+    >>> sum(p.numel() for p in model.parameters())  # 14,995,592 and a bias of 16 in each of 16 layers
+    14995848
+    """
+    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    fc = state.get("fc.weight")
+    model = create_model(
+        "resnet50_llll",
+        num_classes=1000 if fc is None else len(fc),
+        lambda_args={"position_bias": True, "pool_count_padding": True},
+    )
+    # What their model would have, from ours. Ours has a place for pooling at the start of each shortcut.
+    shapes = {_shortcut(key, -1): tuple(value.shape) for key, value in model.state_dict().items()}
+    rows: dict[str, list[int]] = {key.removesuffix("table"): [] for key in shapes if key.endswith("conv2.table")}
+    for at in rows:
+        parts = [shapes.pop(f"{at}to_{part}.weight") for part in "qkv"]
+        rows[at] = [part[0] for part in parts]
+        r_y, r_x, k, u = shapes.pop(f"{at}table")
+        shapes[f"{at}conv_qkv.weight"] = (sum(rows[at]), *parts[0][1:])
+        shapes[f"{at}lambda_conv.weight"] = (k, u, 1, r_y, r_x)
+        shapes[f"{at}lambda_conv.bias"] = shapes.pop(f"{at}position_bias")
+    wrong = {key: (shapes[key], tuple(state[key].shape)) for key in shapes.keys() & state.keys()}
+    wrong = {key: pair for key, pair in sorted(wrong.items()) if pair[0] != pair[1]}
+    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if wrong or missing or extra:
+        raise RuntimeError(_mismatch("d-li14's lambda_resnet50", wrong, missing, extra))
+
+    for at, counts in rows.items():
+        for part, weight in zip("qkv", state.pop(f"{at}conv_qkv.weight").split(counts), strict=True):
+            state[f"{at}to_{part}.weight"] = weight
+        state[f"{at}table"] = state.pop(f"{at}lambda_conv.weight")[:, :, 0].permute(2, 3, 0, 1)
+        state[f"{at}position_bias"] = state.pop(f"{at}lambda_conv.bias")
+    model.load_state_dict({_shortcut(key, 1): value for key, value in state.items()})
+    return model
+
+
+def _shortcut(key: str, by: int) -> str:
+    """Move the index in `layerL.B.downsample.INDEX.rest`; other keys as they are."""
+    front, found, rest = key.partition(".downsample.")
+    if not found:
+        return key
+    index, dot, rest = rest.partition(".")
+    return f"{front}{found}{int(index) + by}{dot}{rest}"

@@ -1,0 +1,907 @@
+"""Pictures, labels, splits and batches: every promise of lambdanets/data.py, with its number."""
+
+import builtins
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import struct
+import time
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torchvision.transforms import v2
+
+from lambdanets import data
+from lambdanets.data import BadData, BadImage, Batches, Images, View, open_image
+
+GREY = View(image_px=4, in_channels=1, mean=(0.0,), std=(1.0,), crop_frac=1.0)
+COLOUR = View(image_px=8, in_channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+def png_file(width: int, height: int, *, bits: int, colour: int, rows: bytes) -> bytes:
+    """A PNG written by hand: what Pillow's own writer will not write, or would need the memory for."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+JPEG = encoded(noise(), "JPEG")
+PNG = encoded(noise(), "PNG")
+
+
+# ---- one picture
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_the_content_decides_and_not_the_suffix(kind, tmp_path):
+    path = tmp_path / "picture.tiff"
+    path.write_bytes(encoded(noise(), kind))
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (24, 16))
+    if kind in ("PNG", "BMP"):
+        assert image.tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (JPEG[: len(JPEG) // 2], "cut off"),
+        (PNG[: len(PNG) // 2], "cut off"),
+        (encoded(noise(), "GIF")[:300], "cut off"),
+        (encoded(noise(), "BMP")[:300], "cut off"),
+        (encoded(noise(), "WEBP")[:100], "cut off"),
+        (JPEG[:20], "cut off"),
+        (PNG[:20], "cut off"),
+        (random.Random(0).randbytes(2000), "no JPEG, PNG, WebP, GIF or BMP"),
+        (b"<!DOCTYPE html><html>404</html>", "<!DOCTYPE html"),
+        (encoded(noise(), "TIFF"), "no JPEG, PNG, WebP, GIF or BMP"),
+        (encoded(noise(), "PPM"), "no JPEG, PNG, WebP, GIF or BMP"),
+        (encoded(noise(), "ICO"), "no JPEG, PNG, WebP, GIF or BMP"),
+        (PNG[:60] + bytes(50) + PNG[110:], "broken"),
+    ],
+    ids=[
+        "empty",
+        "jpeg",
+        "png",
+        "gif",
+        "bmp",
+        "webp",
+        "jpeg20",
+        "png20",
+        "random",
+        "html",
+        "tiff",
+        "ppm",
+        "ico",
+        "zeros",
+    ],
+)
+def test_a_bad_file_gives_its_name_and_a_plain_reason(content, reason, tmp_path):
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(content)
+    for source, name in ((path, "train/cat.jpg"), (content, "train/cat.jpg")):
+        with pytest.raises(BadImage) as caught:
+            open_image(source, name=name)
+        assert caught.value.name == "train/cat.jpg"
+        assert reason in caught.value.reason
+        assert str(caught.value) == f"train/cat.jpg: {caught.value.reason}"
+        assert len(str(caught.value)) < 250
+
+
+def test_what_is_no_file_is_a_bad_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
+    (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
+    for name, reason in (
+        {"gone.jpg": "does not exist", "link.jpg": "does not exist", "pipe.jpg": "not a file"}
+    ).items():
+        with pytest.raises(BadImage, match=reason) as caught:
+            open_image(tmp_path / name)
+        assert caught.value.name == str(tmp_path / name)
+    with pytest.raises(BadImage, match="a folder"):
+        open_image(str(tmp_path))
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_damaged_bytes_are_a_picture_or_a_bad_image_and_nothing_else(kind, cut):
+    whole, dice = bytearray(encoded(noise(), kind)), random.Random(cut)
+    for _ in range(40):
+        broken = bytearray(whole)
+        for _ in range(4):
+            broken[int(dice.random() * cut * len(broken))] = dice.randrange(256)
+        with contextlib.suppress(BadImage):
+            assert open_image(bytes(broken), max_px=100_000).mode == "RGB"
+
+
+@pytest.mark.parametrize("side_px", [7_100, 9_500, 20_000])  # above max_px; where Pillow warns; where Pillow raises
+def test_a_huge_picture_is_refused_by_its_header(side_px, tmp_path, monkeypatch):
+    path = tmp_path / "huge.png"
+    row_bytes = side_px // 8 + 1
+    path.write_bytes(png_file(side_px, side_px, bits=1, colour=0, rows=bytes(row_bytes * side_px)))
+    assert path.stat().st_size < 60_000
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size))
+    peak_before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    with pytest.raises(BadImage, match=r"max_px") as caught:
+        open_image(path)
+    assert time.perf_counter() - start < 0.5  # 0.001 s on a quiet machine, promised in 0.05
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before_kib < 20 * 1024
+    assert decoded == []
+    assert f"{side_px**2:,}" in str(caught.value) or f"{side_px**2}" in str(caught.value)
+
+
+def test_max_px_is_the_largest_picture_accepted():
+    assert open_image(PNG, max_px=24 * 16).size == (24, 16)
+    with pytest.raises(BadImage, match="24 x 16 = 384 pixels, more than max_px = 383"):
+        open_image(PNG, max_px=24 * 16 - 1)
+
+
+def test_pillows_warnings_do_not_escape_and_filters_are_restored():
+    before = list(warnings.filters)
+    wide = png_file(9_500, 9_500, bits=1, colour=0, rows=bytes(1189 * 9_500))  # Pillow warns from 89 Mpx on
+    with pytest.raises(BadImage):
+        open_image(wide)
+    assert open_image(wide, max_px=100_000_000).size == (9_500, 9_500)  # a warning is an error in this suite
+    assert warnings.filters == before
+
+
+@pytest.mark.parametrize("kind", ["mean", "ramp"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped_to_white(kind):
+    levels = np.full((8, 64), 20_000) if kind == "mean" else np.linspace(0, 65_535, 512).astype(int).reshape(8, 64)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    image = open_image(png_file(64, 8, bits=16, colour=0, rows=rows))
+    seen = np.asarray(image) / 255
+    assert abs(seen.mean() - levels.mean() / 65_535) < 0.004
+    assert np.abs(seen - (levels / 65_535)[..., None]).max() <= 0.5 / 255 + 1e-9
+
+
+def test_sixteen_bit_colour_is_right_to_a_level():
+    levels = np.random.default_rng(1).integers(0, 65_536, (8, 16, 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    seen = np.asarray(open_image(png_file(16, 8, bits=16, colour=2, rows=rows))) / 255
+    assert np.abs(seen - levels / 65_535).max() < 1 / 255 + 1e-9
+
+
+def test_modes_become_rgb_with_the_right_values():
+    red, half = (255, 0, 0), (255, 127, 127)  # half-transparent red on white
+    size = (16, 16)
+    cases = {
+        "1": (Image.new("1", size, 1), "PNG", (255, 255, 255)),
+        "L": (Image.new("L", size, 100), "PNG", (100, 100, 100)),
+        "LA": (Image.new("LA", size, (0, 0)), "PNG", (255, 255, 255)),
+        "RGBA": (Image.new("RGBA", size, (*red, 128)), "PNG", half),
+        "RGBA in WebP": (Image.new("RGBA", size, (*red, 128)), "WEBP", half),
+        "P": (Image.new("RGB", size, red).convert("P", palette=Image.Palette.ADAPTIVE), "PNG", red),
+        "CMYK": (Image.new("CMYK", size, (0, 255, 255, 0)), "JPEG", red),
+        "16-colour GIF": (Image.new("RGB", size, red).quantize(16), "GIF", red),
+    }
+    for name, (image, kind, colour) in cases.items():
+        options = {"lossless": True} if kind == "WEBP" else {}
+        seen = open_image(encoded(image, kind, **options))
+        assert seen.mode == "RGB", name
+        assert np.abs(np.asarray(seen).astype(int) - colour).max() <= 1, name
+
+
+def test_a_transparent_palette_entry_is_white():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 0, 255, 0])
+    image.putpixel((0, 0), 0)
+    for kind in ("PNG", "GIF"):
+        seen = open_image(encoded(image, kind, transparency=0))
+        assert seen.getpixel((0, 0)) == (255, 255, 255)
+        assert seen.getpixel((1, 1)) == (0, 255, 0)
+
+
+def test_adobes_inverted_cmyk_is_not_a_negative():
+    plain = encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "JPEG")  # no ink: white; Pillow writes Adobe's way
+    assert b"Adobe" in plain
+    assert open_image(plain).getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(content)).n_frames == 3
+    assert open_image(content).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied_once(orientation):
+    upright = Image.new("L", (2, 3))
+    upright.putdata([0, 50, 100, 150, 200, 250])
+    stored_as = {  # what a camera writes for each tag: the inverse of the turn that the EXIF standard asks of a viewer
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright if orientation == 1 else upright.transpose(stored_as[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = open_image(encoded(stored, "PNG", exif=exif))
+    assert seen.convert("L").tobytes() == upright.tobytes()
+    assert 0x0112 not in seen.getexif()
+
+
+def test_broken_metadata_does_not_spoil_a_good_picture():
+    tiff = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + b"\x11\x12\x13\x14" * 40
+    assert open_image(encoded(noise(), "JPEG", exif=b"Exif\0\0" + tiff)).size in ((24, 16), (16, 24))
+    for kind in ("JPEG", "PNG", "WEBP"):  # Pillow raises SyntaxError for the last two
+        assert open_image(encoded(noise(), kind, exif=b"Exif\0\0junk and more")).size == (24, 16)
+
+
+def test_errors_survive_a_process_boundary():
+    error = pickle.loads(pickle.dumps(BadImage("a.jpg", "the file is empty")))
+    assert (type(error), error.name, error.reason) == (BadImage, "a.jpg", "the file is empty")
+
+
+# ---- lists of pictures
+
+
+def test_the_digits_are_split_once_and_for_all():
+    train, test = data.digits()
+    assert (len(train), len(test), train.classes) == (1437, 360, tuple("0123456789"))
+    assert len({*train.names, *test.names}) == 1797
+    assert test.names[:4] == ["digits/0021", "digits/0024", "digits/0028", "digits/0034"]
+    for images in (train, test):
+        shares = np.bincount(images.labels, minlength=10) / len(images)
+        assert np.abs(shares - 0.1).max() < 0.006
+        data.check_labels(images)
+    again = data.digits()[1]
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002  # the ambient generator is the point
+    assert again.names == data.digits()[1].names
+    assert again.load(3).tobytes() == test.load(3).tobytes()
+
+
+def test_a_digit_has_all_its_grey_levels():
+    train, _ = data.digits()
+    first = train.load(0)
+    assert (first.mode, first.size) == ("L", (8, 8))
+    levels = {level for index in range(100) for level in train.load(index).tobytes()}
+    assert levels == {round(step * 255 / 16) for step in range(17)}
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install lambdanets\[digits\]"):
+        data.digits()
+
+
+def fill(root: Path, files: dict[str, int], *, content: bytes = PNG) -> Path:
+    """Writes n pictures into each folder."""
+    for place, n in files.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for index in range(n):
+            (root / place / f"{index}.png").write_bytes(content)
+    return root
+
+
+def test_train_and_val_are_taken_as_given(tmp_path):
+    fill(tmp_path, {"train/2": 3, "train/10": 2, "train/2/deep/er": 1, "val/10": 1, "val/2": 2, "test/2": 5})
+    found = data.folder(tmp_path)
+    assert found.train.classes == found.val.classes == ("2", "10")  # natural order
+    assert found.train.names == ["train/2/0.png", "train/2/1.png", "train/2/2.png", "train/2/deep/er/0.png",
+                                 "train/10/0.png", "train/10/1.png"]  # fmt: skip
+    assert found.train.labels == [0, 0, 0, 0, 1, 1]
+    assert found.val.names == ["val/2/0.png", "val/2/1.png", "val/10/0.png"]
+    assert "train/ and val/ as given: 6 training and 3 validation images of 2 classes" in found.how
+    assert found.ignored == {}
+    assert found.train.load(3).tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test", "Val"])
+def test_the_validation_folder_is_named_in_how(name, tmp_path):
+    found = data.folder(fill(tmp_path, {"train/a": 2, "train/b": 2, f"{name}/a": 1, f"{name}/b": 1}))
+    assert len(found.val) == 2
+    assert f"train/ and {name}/ as given" in found.how
+
+
+def test_a_class_missing_or_empty_in_val_shifts_no_label(tmp_path):
+    fill(tmp_path, {"train/a": 2, "train/b": 2, "train/c": 2, "val/a": 0, "val/c": 1})
+    found = data.folder(tmp_path)
+    assert found.val.classes == ("a", "b", "c")
+    assert found.val.labels == [2]
+    assert "no validation images of a, b" in found.how
+
+
+def test_hidden_and_foreign_files_are_ignored_and_counted(tmp_path):
+    fill(tmp_path, {"train/a": 3, "train/b": 3, "train/.ipynb_checkpoints": 2, "train/__MACOSX/a": 2,
+                    "train/a/.ipynb_checkpoints": 2, "val/a": 1, "val/b": 1, "val/.cache": 1})  # fmt: skip
+    for name in ("train/.DS_Store", "train/a/.DS_Store", "train/a/._0.png", "train/a/Thumbs.db", "train/b/notes.txt",
+                 "train/b/scan.tif", "train/loose.png"):  # fmt: skip
+        (tmp_path / name).write_bytes(b"x")
+    found = data.folder(tmp_path)
+    assert found.train.classes == ("a", "b")
+    assert (len(found.train), len(found.val)) == (6, 2)
+    assert {why: files for why, (files, _) in found.ignored.items()} == {
+        "hidden or system": 8,
+        "no image suffix": 2,
+        "outside a class folder": 1,
+    }
+    assert found.ignored["hidden or system"].first_names[0] == "train/.DS_Store"
+    assert "train/.ipynb_checkpoints/" in found.ignored["hidden or system"].first_names
+    assert found.ignored["no image suffix"].first_names == ["train/b/notes.txt", "train/b/scan.tif"]
+    json.dumps(found.ignored)
+
+
+def test_ignored_names_are_at_most_ten(tmp_path):
+    fill(tmp_path, {"a": 2, "b": 2})
+    for index in range(25):
+        (tmp_path / "a" / f"{index}.txt").touch()
+    files, names = data.folder(tmp_path).ignored["no image suffix"]
+    assert (files, len(names)) == (25, 10)
+
+
+def test_every_suffix_is_found_in_any_case(tmp_path):
+    fill(tmp_path, {"a": 0, "b": 1})
+    (tmp_path / "b" / "1.png").write_bytes(PNG)
+    for suffix in data.IMAGE_SUFFIXES:
+        (tmp_path / "a" / f"1{suffix.upper()}").write_bytes(PNG)
+    found = data.folder(tmp_path)
+    assert len(found.train) + len(found.val) == len(data.IMAGE_SUFFIXES) + 2
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_without_val_each_class_is_split_by_name(top, tmp_path):
+    fill(tmp_path, {f"{top}a": 300, f"{top}b": 300, f"{top}c": 2})
+    found = data.folder(tmp_path, val_frac=0.2, seed=3)
+    names = {*found.train.names, *found.val.names}
+    assert len(names) == len(found.train) + len(found.val) == 602
+    held = np.bincount(found.val.labels, minlength=3)
+    assert abs(held[0] - 60) < 25
+    assert abs(held[1] - 60) < 25
+    assert held[2] == 1
+    assert f"{len(found.train)} training and {len(found.val)} validation images of 3 classes" in found.how
+    assert "20.0% of each class" in found.how
+    assert data.folder(tmp_path, val_frac=0.2, seed=3).val.names == found.val.names
+    assert data.folder(tmp_path, val_frac=0.2, seed=4).val.names != found.val.names
+
+
+def test_a_new_file_moves_no_other_across_the_split(tmp_path):
+    fill(tmp_path, {"a": 100, "b": 100})
+    before = data.folder(tmp_path)
+    for index in range(50):
+        (tmp_path / "a" / f"new{index}.png").write_bytes(PNG)
+    (tmp_path / "b" / "0.png").unlink()
+    fill(tmp_path, {"0": 30})
+    after = data.folder(tmp_path)
+    old = {*before.train.names, *before.val.names} - {"b/0.png"}
+    assert set(after.val.names) & old == set(before.val.names) - {"b/0.png"}
+    assert any("new" in name for name in after.val.names)
+
+
+@pytest.mark.parametrize("val_frac", [1e-9, 1 - 1e-9])
+def test_a_small_class_keeps_an_image_on_either_side(val_frac, tmp_path):
+    found = data.folder(fill(tmp_path, {"a": 2, "b": 3}), val_frac=val_frac)
+    assert set(found.train.labels) == set(found.val.labels) == {0, 1}
+    assert len(found.train) + len(found.val) == 5
+
+
+def test_the_split_does_not_depend_on_the_place_of_the_folder(tmp_path):
+    one, two = (data.folder(fill(tmp_path / place, {"a": 40, "b": 40})) for place in ("here", "there"))
+    assert one.val.names == two.val.names
+    assert one.val.names[:3] == [
+        "a/13.png",
+        "a/18.png",
+        "a/22.png",
+    ]  # and it is this split on every machine, in every release
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, ["no images", "PATH/CLASS"]),
+        ({"a": 0, "b": 0}, ["no images"]),
+        ({"a": 5}, ["only one class", "a", "two"]),
+        ({"a": 5, "b": 0}, ["no images", "b", "add or remove"]),
+        ({"train/a": 5, "train/b": 0, "val/a": 1}, ["no images", "train", "b"]),
+        ({"train/a": 5, "train/b": 5, "val/a": 0}, ["no images", "val", "fill it"]),
+        ({"train/a": 5, "train/b": 5, "val/a": 1, "val/z": 1}, ["lacks: z", "a, b", "rename or remove"]),
+        ({"a": 5, "b": 1}, ["b", "one image", "add images"]),
+        ({"val/a": 5, "val/b": 5}, ["val", "no train/"]),
+        ({"train": 5, "val": 5}, ["val", "no train/"]),
+    ],
+)
+def test_an_unusable_folder_says_what_was_found_and_what_to_do(files, words, tmp_path):
+    with pytest.raises(BadData) as caught:
+        data.folder(fill(tmp_path / "set", files) if files else tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_folder_and_a_file_are_refused(tmp_path):
+    with pytest.raises(BadData, match="does not exist"):
+        data.folder(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(BadData, match="is not a folder"):
+        data.folder(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"val_frac is 1\.5"):
+        data.folder(tmp_path, val_frac=1.5)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    found = data.folder(fill(tmp_path, {"bus": 4, "train": 4, "tram": 4}))
+    assert found.train.classes == ("bus", "train", "tram")
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    fill(tmp_path, {"set/a": 4, "set/b/deep": 4, "elsewhere": 3})
+    (tmp_path / "set" / "b" / "up").symlink_to(tmp_path / "set" / "b")
+    (tmp_path / "set" / "b" / "deep" / "top").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere")
+    found = data.folder(tmp_path / "set")
+    names = [*found.train.names, *found.val.names]
+    assert found.train.classes == ("a", "b", "c")
+    assert sum(name.startswith("c/") for name in names) == 3
+    assert {"b/deep/0.png", "b/deep/3.png"} <= set(names)
+    assert len(names) < 50
+
+
+@dataclass(frozen=True, eq=False)
+class Numbered(Images):
+    """Picture i is one grey level, i; those in `broken` cannot be read."""
+
+    broken: frozenset[int] = frozenset()
+
+    def load(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise BadImage(self.names[index], "the file is empty")
+        return Image.new("L", (8, 8), index % 256)
+
+
+def numbered(n_images: int, broken: tuple[int, ...] = ()) -> Numbered:
+    names = [f"class{i % 3}/{i:04d}.png" for i in range(n_images)]
+    return Numbered(("class0", "class1", "class2"), names, [i % 3 for i in range(n_images)], frozenset(broken))
+
+
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_a_label_out_of_range_names_sample_label_and_range(label):
+    images = numbered(9)
+    images.labels[4] = label
+    for check in (data.check_labels, lambda bad: Batches(bad, GREY, batch_images=2, training=False)):
+        with pytest.raises(
+            BadData, match=rf"class1/0004\.png has the label {label}: labels run from 0 to 2 \(3 classes\)"
+        ):
+            check(images)
+    with pytest.raises(BadData, match="9 names but 8 labels"):
+        data.check_labels(replace(images, labels=[0] * 8))
+
+
+# ---- one picture to one tensor
+
+
+def test_normalised_values_are_those_of_the_definition():
+    seen = COLOUR.evaluate(Image.new("RGB", (20, 30), (255, 51, 0)))
+    assert seen.shape == (3, 8, 8)
+    assert seen.dtype == torch.float32
+    expected = torch.tensor([(1 - 0.5) / 0.2, (0.2 - 0.4) / 0.25, (0 - 0.3) / 0.5])[:, None, None].expand(3, 8, 8)
+    torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (33, 33), (100, 9), (9, 100), (5, 6)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_frac", [0.875, 1.0, 0.7])
+def test_evaluate_equals_torchvisions_resize_and_centre_crop(size, interpolation, crop_frac):
+    view = replace(COLOUR, image_px=16, interpolation=interpolation, crop_frac=crop_frac)
+    mode = v2.InterpolationMode(interpolation)
+    steps = [
+        v2.Resize(round(16 / crop_frac), mode),
+        v2.CenterCrop(16),
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float, scale=True),
+    ]
+    peer = v2.Compose([*steps, v2.Normalize(view.mean, view.std)])
+    image = noise(*size).point(lambda level: 64 + level // 2)  # no overshoot: Pillow clips between its two passes
+    one_level = 1 / 255 / min(view.std)
+    torch.testing.assert_close(view.evaluate(image), peer(image), rtol=0, atol=2.01 * one_level)
+
+
+def test_a_very_long_picture_costs_no_memory():
+    line = Image.new("RGB", (200_000, 2))
+    start = time.perf_counter()
+    assert replace(COLOUR, image_px=224).evaluate(line).shape == (
+        3,
+        224,
+        224,
+    )  # whole, resized: 5.7 Gpx
+    assert time.perf_counter() - start < 2
+
+
+def test_grey_and_colour_go_either_way():
+    assert GREY.evaluate(Image.new("RGB", (8, 8), (255, 255, 255))).shape == (1, 4, 4)
+    assert COLOUR.evaluate(Image.new("L", (8, 8), 9)).shape == (3, 8, 8)
+
+
+def test_a_view_survives_json():
+    assert View(**json.loads(json.dumps(asdict(COLOUR)))) == COLOUR
+    assert pickle.loads(pickle.dumps(COLOUR)) == COLOUR
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"image_px": 0}, "image_px is 0"),
+        ({"in_channels": 2}, "in_channels is 2"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"std": (0.5, 0.0, 1.0)}, "std"),
+        ({"crop_frac": 0.0}, "crop_frac is 0"),
+        ({"crop_frac": 1.5}, "crop_frac is 1.5"),
+        ({"interpolation": "nearest"}, "interpolation is 'nearest'"),
+    ],
+)
+def test_an_impossible_view_is_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        replace(COLOUR, **change)
+
+
+@pytest.mark.parametrize(("augment", "ops"), [("imagenet", 0), ("imagenet", 2), ("digits", 0)])
+@pytest.mark.parametrize("view", [COLOUR, GREY], ids=["colour", "grey"])
+def test_augmentation_varies_with_the_seed_and_keeps_shape_and_range(view, augment, ops):
+    transform = data.training_transform(view, augment=augment, randaugment_ops=ops, randaugment_magnitude=9)
+    seen = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        seen.append(transform(noise(30, 20)))
+        torch.manual_seed(seed)
+        assert torch.equal(transform(noise(30, 20)), seen[-1])  # torch's generator is the only source
+    assert {tensor.shape for tensor in seen} == {(view.in_channels, view.image_px, view.image_px)}
+    assert len({tensor.numpy().tobytes() for tensor in seen}) >= 11
+    low, high = (0 - max(view.mean)) / min(view.std), (1 - min(view.mean)) / min(view.std)
+    assert all(low <= tensor.min() and tensor.max() <= high for tensor in seen)
+
+
+def test_imagenet_flips_and_digits_never_do():
+    image = Image.new("L", (32, 32))
+    image.paste(255, (0, 0, 16, 32))  # white on the left
+    for augment, flips in (("imagenet", True), ("digits", False)):
+        transform = data.training_transform(replace(GREY, image_px=32), augment=augment)
+        sides = set()
+        for seed in range(30):
+            torch.manual_seed(seed)
+            tensor = transform(image)
+            difference = (tensor[..., 4:12].mean() - tensor[..., -12:-4].mean()).item()
+            if abs(difference) > 0.3:
+                sides.add(difference > 0)
+        assert sides == ({True, False} if flips else {True})
+
+
+def test_randaugment_changes_the_picture_and_its_magnitude_matters():
+    def mean_change(ops, magnitude):
+        plain = data.training_transform(COLOUR, augment="imagenet")
+        more = data.training_transform(COLOUR, augment="imagenet", randaugment_ops=ops, randaugment_magnitude=magnitude)
+        change = 0.0
+        for seed in range(40):
+            torch.manual_seed(seed)
+            before = plain(noise())
+            torch.manual_seed(seed)
+            change += (more(noise()) - before).abs().mean().item() / 40
+        return change
+
+    assert mean_change(0, 30) == 0
+    assert 0 < mean_change(2, 3) < mean_change(2, 30)
+
+
+def test_randaugment_fills_what_it_uncovers_with_grey():
+    transform = data.training_transform(COLOUR, augment="imagenet", randaugment_ops=1, randaugment_magnitude=30)
+    for seed in range(60):  # a picture of that grey has no border to be seen, whatever is drawn
+        torch.manual_seed(seed)
+        picture = transform(Image.new("RGB", (20, 20), (128, 128, 128)))
+        assert torch.equal(picture, picture[:, :1, :1].expand_as(picture))
+
+
+def test_no_augmentation_is_the_view_of_evaluation():
+    assert torch.equal(data.training_transform(COLOUR, augment="none")(noise()), COLOUR.evaluate(noise()))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"augment": "imagnet"},
+        {"augment": "imagenet", "randaugment_ops": 2, "randaugment_magnitude": 31},
+        {"augment": "imagenet", "randaugment_ops": -1},
+        {"augment": "digits", "randaugment_ops": 2},
+    ],
+)
+def test_an_unknown_augmentation_is_refused(asked):
+    with pytest.raises(ValueError, match=r"augment is|randaugment_ops is"):
+        data.training_transform(COLOUR, **asked)
+
+
+# ---- batches
+
+
+def error_of(stream, kind):
+    """What reading to the end raises, without its frames: they would keep the workers waiting for the collector."""
+    try:
+        list(stream)
+    except kind as error:
+        return error.with_traceback(None)
+    pytest.fail(f"no {kind.__name__}")
+
+
+def same(one: list, two: list) -> bool:
+    return len(one) == len(two) and all(
+        a.ids == b.ids and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_evaluation_gives_every_image_once_in_order():
+    batches = Batches(numbered(101), GREY, batch_images=25, training=False)
+    seen = list(batches.epoch(0))
+    assert len(batches) == len(seen) == 5
+    assert [len(batch.ids) for batch in seen] == [25, 25, 25, 25, 1]
+    assert [index for batch in seen for index in batch.ids] == list(range(101))
+    for batch in seen:
+        assert batch.images.shape == (len(batch.ids), 1, 4, 4)
+        assert batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == [index % 3 for index in batch.ids]
+        assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == batch.ids  # the picture is the one named
+
+
+@pytest.mark.parametrize(
+    ("n_images", "batch_images", "sizes"),
+    [(101, 25, [25] * 4), (100, 25, [25] * 4), (26, 25, [25]), (7, 25, [7]), (2, 25, [2]), (3, 1, [1] * 3)],
+)
+def test_training_batches_are_full_and_no_image_repeats(n_images, batch_images, sizes):
+    batches = Batches(numbered(n_images), GREY, batch_images=batch_images, training=True)
+    seen = list(batches.epoch(0))
+    assert [len(batch.ids) for batch in seen] == sizes
+    assert len(batches) == len(sizes)
+    ids = [index for batch in seen for index in batch.ids]
+    assert len(set(ids)) == len(ids) == sum(sizes)
+    for batch in seen:
+        assert batch.labels.tolist() == [index % 3 for index in batch.ids]
+        assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == batch.ids
+
+
+def test_too_few_images_and_impossible_sizes_are_refused():
+    with pytest.raises(BadData, match="1 image"):
+        Batches(numbered(1), GREY, batch_images=4, training=True)
+    with pytest.raises(BadData, match="0 image"):
+        Batches(numbered(0), GREY, batch_images=4, training=False)
+    assert len(list(Batches(numbered(1), GREY, batch_images=4, training=False).epoch(0))) == 1
+    for asked in ({"batch_images": 0}, {"batch_images": 2, "workers": -1}, {"batch_images": 2, "max_bad_frac": 2.0}):
+        with pytest.raises(ValueError, match="batch_images is"):
+            Batches(numbered(9), GREY, training=True, **asked)
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch():
+    train, _ = data.digits()
+
+    def epoch(seed, epoch):
+        return next(Batches(train, GREY, batch_images=64, training=True, seed=seed, augment="digits").epoch(epoch))
+
+    first = epoch(0, 0)
+    assert same([first], [epoch(0, 0)])
+    for other in (epoch(1, 0), epoch(0, 1)):
+        assert other.ids != first.ids
+        both = set(other.ids) & set(first.ids)
+        assert all(not torch.equal(other.images[other.ids.index(i)], first.images[first.ids.index(i)]) for i in both)
+
+
+def test_the_same_bits_for_any_number_of_workers_and_any_ambient_state():
+    train, _ = data.digits()
+    arguments = {"batch_images": 100, "training": True, "seed": 7, "augment": "digits"}
+    alone = Batches(train, GREY, **arguments)
+    helped = Batches(train, GREY, workers=2, **arguments)
+    expected = [list(alone.epoch(0)), list(alone.epoch(1))]
+    torch.manual_seed(123)
+    random.seed(123)
+    np.random.seed(123)  # noqa: NPY002  # the ambient generator is the point
+    before = torch.get_rng_state()
+    assert same(list(helped.epoch(0)), expected[0])
+    next(helped.epoch(5))  # left after one batch: nothing of it may leak into the next
+    assert same(list(helped.epoch(1)), expected[1])
+    assert same(list(alone.epoch(0)), expected[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_resumes_at_any_batch(workers):
+    batches = Batches(data.digits()[0], GREY, batch_images=300, training=True, augment="digits", workers=workers)
+    whole = list(batches.epoch(2))
+    assert len(whole) == 4
+    assert same(list(batches.epoch(2, first_batch=3)), whole[3:])
+    assert list(batches.epoch(2, first_batch=4)) == []
+
+
+def test_the_ambient_generator_is_restored_between_batches():
+    batches = Batches(data.digits()[0], GREY, batch_images=100, training=True, augment="digits")
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    stream = batches.epoch(0)
+    seen = []
+    for _ in range(3):
+        next(stream)
+        seen.append(torch.rand(1))
+    assert torch.equal(torch.cat(seen), expected)
+
+
+def test_a_second_epoch_ends_the_first_with_an_error():
+    batches = Batches(numbered(20), GREY, batch_images=5, training=True)
+    first = batches.epoch(0)
+    next(first)
+    assert len(list(batches.epoch(1))) == 4
+    with pytest.raises(RuntimeError, match="epoch 0 is no longer read"):
+        next(first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_replaced_by_a_function_of_seed_epoch_and_id(workers, tmp_path):
+    images = numbered(200, broken=(17, 130))
+    bad_file = tmp_path / "bad_samples.jsonl"
+
+    def batches(seed=0, **more):
+        return Batches(images, GREY, batch_images=50, training=True, seed=seed, max_bad_frac=0.01, **more)
+
+    helped = batches(workers=workers, bad_file=bad_file)
+    seen = list(helped.epoch(0))
+    assert [len(batch.ids) for batch in seen] == [50] * 4
+    ids = [index for batch in seen for index in batch.ids]
+    good = list(Batches(numbered(200), GREY, batch_images=50, training=True).epoch(0))
+    wanted = [index for batch in good for index in batch.ids]
+    replaced = {want: got for want, got in zip(wanted, ids, strict=True) if want != got}
+    assert set(replaced) == {17, 130}  # only those two
+    assert not set(replaced.values()) & {17, 130}
+    for batch in seen:  # the substitute brings its own label and picture
+        assert batch.labels.tolist() == [index % 3 for index in batch.ids]
+        assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == batch.ids
+    assert same(seen, list(batches().epoch(0)))
+    substitutes = set()
+    for seed in range(3):
+        for epoch in range(3):
+            chosen = [index for batch in batches(seed).epoch(epoch) for index in batch.ids]
+            plain = [
+                i
+                for b in Batches(numbered(200), GREY, batch_images=50, training=True, seed=seed).epoch(epoch)
+                for i in b.ids
+            ]
+            substitutes.add(chosen[plain.index(17)])
+    assert len(substitutes) > 4  # no fixed neighbour
+    list(helped.epoch(1))
+    assert helped.bad == {"class2/0017.png": "the file is empty", "class1/0130.png": "the file is empty"}
+    lines = [json.loads(line) for line in bad_file.read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == ["class1/0130.png", "class2/0017.png"]  # once each
+    assert {line["reason"] for line in lines} == {"the file is empty"}
+
+
+def test_a_resumed_run_lists_no_bad_image_twice(tmp_path):
+    bad_file = tmp_path / "bad_samples.jsonl"
+    bad_file.write_text(
+        '{"name": "class2/0017.png", "reason": "the file is empty"}\n{"name": "class1/01'
+    )  # killed here
+    images = numbered(200, broken=(17, 130))
+    batches = Batches(images, GREY, batch_images=50, training=True, max_bad_frac=0.01, bad_file=bad_file)
+    list(batches.epoch(0))
+    lines = [json.loads(line)["name"] for line in bad_file.read_text().splitlines()]
+    assert lines == ["class2/0017.png", "class1/0130.png"]
+    assert len(batches.bad) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_images_stop_training_with_names_and_remedy(workers, tmp_path):
+    bad_file = tmp_path / "bad.jsonl"
+    images = numbered(120, broken=tuple(range(0, 120, 4)))
+    batches = Batches(
+        images, GREY, batch_images=60, training=True, max_bad_frac=0.1, bad_file=bad_file, workers=workers
+    )
+    message = str(error_of(batches.epoch(0), BadData))
+    found = len(batches.bad)
+    assert 12 < found <= 30
+    assert f"{found} of 120 training images cannot be read, 12 allowed" in message
+    assert message.count("\n") == message.count(".png: the file is empty") == 10
+    assert "max_bad_frac (now 0.1)" in message
+    assert str(bad_file) in message
+    assert "Traceback" not in message
+    assert len(bad_file.read_text().splitlines()) == found
+
+
+def test_one_bad_image_is_always_allowed_and_two_are_not():
+    one = Batches(numbered(50, broken=(3,)), GREY, batch_images=10, training=True, max_bad_frac=0.0)
+    assert len(list(one.epoch(0))) == 5
+    two = Batches(numbered(50, broken=(3, 4)), GREY, batch_images=10, training=True)
+    with pytest.raises(BadData, match="2 of 50 training images cannot be read, 1 allowed"):
+        list(two.epoch(0))
+    told = Batches(numbered(50, broken=(3, 4)), GREY, batch_images=10, training=True, max_bad_frac=0.05)
+    assert len(list(told.epoch(0))) == 5
+
+
+def test_a_set_without_a_readable_image_ends_with_an_error():
+    for frac in (0.001, 1.0):
+        with pytest.raises(BadData, match="cannot be read"):
+            list(
+                Batches(
+                    numbered(20, broken=tuple(range(20))), GREY, batch_images=4, training=True, max_bad_frac=frac
+                ).epoch(0)
+            )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_replaces_nothing(workers):
+    batches = Batches(
+        numbered(60, broken=(33,)), GREY, batch_images=20, training=False, workers=workers, max_bad_frac=1.0
+    )
+    stream = batches.epoch(0)
+    assert next(stream).ids == list(range(20))
+    error = error_of(stream, BadImage)
+    assert (error.name, error.reason) == ("class0/0033.png", "the file is empty")
+    assert str(error) == "class0/0033.png: the file is empty"  # also from a worker: no traceback in the text
+
+
+def test_bad_files_on_disk_are_found_named_and_replaced(tmp_path):
+    fill(tmp_path, {"train/a": 40, "train/b": 40, "val/a": 2, "val/b": 2})
+    (tmp_path / "train" / "b" / "7.png").write_bytes(PNG[:100])
+    (tmp_path / "val" / "a" / "1.png").write_bytes(b"<html>")
+    found = data.folder(tmp_path)
+    batches = Batches(found.train, COLOUR, batch_images=16, training=True, augment="imagenet", randaugment_ops=1,
+                      randaugment_magnitude=9)  # fmt: skip
+    assert [batch.images.shape for batch in batches.epoch(0)] == [(16, 3, 8, 8)] * 5
+    assert list(batches.bad) == ["train/b/7.png"]
+    with pytest.raises(BadImage, match=r"^val/a/1\.png: is no JPEG"):
+        list(Batches(found.val, COLOUR, batch_images=2, training=False).epoch(0))
+
+
+def test_workers_end_with_the_batches():
+    before = set(multiprocessing.active_children())
+    batches = Batches(numbered(20), GREY, batch_images=5, training=True, workers=2)
+    next(batches.epoch(0))
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    del batches
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_an_epoch_of_digits_takes_well_under_a_second():
+    train, _ = data.digits()
+    view = replace(GREY, image_px=16)
+    batches = Batches(train, view, batch_images=64, training=True, augment="digits")
+    next(batches.epoch(0))
+    start = time.process_time()  # of this process alone: a busy neighbour does not count
+    assert sum(len(batch.ids) for batch in batches.epoch(1)) == 1408
+    assert time.process_time() - start < 1  # 0.17 s on a quiet core

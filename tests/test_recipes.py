@@ -1,0 +1,116 @@
+"""Recipes: the paper's numbers, what is refused, and that reading them needs no torch."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lambdanets.recipes import BadRecipe, Recipe, choose
+from lambdanets.recipes.digits import digits
+from lambdanets.recipes.folder import folder
+from lambdanets.recipes.imagenet import layer_comparison, pareto
+
+
+def test_recipes_import_no_torch():
+    code = (
+        "import sys, lambdanets.recipes, lambdanets.recipes.digits, lambdanets.recipes.folder, "
+        "lambdanets.recipes.imagenet; assert not {'torch', 'timm', 'PIL', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layer_comparison_is_the_papers():
+    run = layer_comparison()  # paper.md section 4, first column
+    assert (run.epochs, run.batch_images, run.lr_per_256, run.warmup_epochs) == (90, 4096, 0.1, 5)
+    assert (run.optimizer, run.momentum, run.weight_decay, run.label_smoothing) == ("sgd", 0.9, 1e-4, 0.1)
+    assert (run.augment, run.randaugment_ops, run.drop_rate, run.drop_path_rate) == ("imagenet", 0, 0.0, 0.0)
+    assert (run.ema_decay, run.image_px, run.model) == (0.9999, 224, "resnet50_llll")
+    assert run.peak_lr == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize(
+    ("depth", "image_px", "magnitude", "drop_path"),
+    [(50, 128, 10, 0.0), (50, 160, 10, 0.0), (101, 192, 15, 0.0), (152, 224, 15, 0.1), (270, 256, 15, 0.1),
+     (350, 288, 15, 0.2), (420, 320, 15, 0.2)],
+)  # fmt: skip
+def test_pareto_is_the_papers(depth, image_px, magnitude, drop_path):
+    run = pareto(depth, image_px)  # paper.md section 4, second column
+    assert (run.epochs, run.batch_images, run.lr_per_256, run.warmup_epochs) == (350, 4096, 0.1, 5)
+    assert (run.optimizer, run.momentum, run.weight_decay, run.label_smoothing) == ("sgd", 0.9, 4e-5, 0.1)
+    assert (run.augment, run.randaugment_ops, run.randaugment_magnitude) == ("imagenet", 2, magnitude)
+    assert 0.2 <= run.drop_rate <= 0.3
+    assert (run.drop_path_rate, run.ema_decay) == (drop_path, 0.9999)
+    assert (run.model, run.image_px) == (f"lambda_resnet{depth}", image_px)
+
+
+def test_unconfirmed_values_are_said_to_be():
+    for recipe in (layer_comparison, pareto):
+        assert " R" in recipe.__doc__
+        assert "the paper reports" in recipe.__doc__
+
+
+@pytest.mark.parametrize("recipe", [layer_comparison, lambda small: pareto(152, 224, small=small)])
+def test_the_small_form_changes_size_and_length_only(recipe):
+    run, small = recipe(small=False), recipe(small=True)
+    changed = {f.name for f in dataclasses.fields(Recipe) if getattr(run, f.name) != getattr(small, f.name)}
+    sizes = {"name", "model", "image_px", "epochs", "warmup_epochs", "batch_images", "eval_batch_images"}
+    assert changed == sizes
+    assert small.warmup_epochs / small.epochs == pytest.approx(run.warmup_epochs / run.epochs)
+
+
+@pytest.mark.parametrize("run", [digits(), folder(), layer_comparison(), pareto(50, 128)], ids=lambda r: r.name)
+def test_a_recipe_survives_json(run):
+    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(run)))) == run
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("image_px", 0), ("epochs", 0), ("batch_images", 0), ("eval_batch_images", 0), ("in_channels", 2),
+        ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lamb"), ("augment", "cutout"),
+        ("interpolation", "nearest"), ("momentum", 1.0), ("label_smoothing", 1.0), ("drop_rate", -0.1),
+        ("drop_path_rate", 1.0), ("ema_decay", 1.0), ("weight_decay", -1e-4), ("crop_frac", 0.0),
+        ("randaugment_ops", -1), ("randaugment_magnitude", 16), ("mean", (0.5,)), ("std", (0.5,)),
+        ("std", (0.5, 0.0, 0.5)), ("warmup_epochs", 90), ("warmup_epochs", -1), ("name", "a/b"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_used_is_refused_by_name(argument, value):
+    with pytest.raises(BadRecipe, match=f"^{argument} must be"):
+        dataclasses.replace(layer_comparison(), **{argument: value})
+
+
+def test_randaugment_needs_the_transforms_it_goes_with():
+    with pytest.raises(BadRecipe, match="randaugment_ops is 2"):
+        dataclasses.replace(digits(), randaugment_ops=2)
+
+
+def test_choose_replaces_only_what_is_given():
+    assert choose("digits") == digits()
+    assert choose("folder") == folder()
+    run = choose("folder", model="resnet50_llll", image_px=32, epochs=20, batch_images=8, lr_per_256=0.2)
+    assert run == dataclasses.replace(
+        folder(), model="resnet50_llll", image_px=32, epochs=20, warmup_epochs=1.0, batch_images=8, lr_per_256=0.2
+    )
+
+
+def test_choose_finds_the_papers_row_by_model_and_size():
+    assert choose("pareto", model="lambda_resnet350", image_px=288) == pareto(350, 288)
+    assert choose("layer_comparison", model="resnet50_clll").model == "resnet50_clll"
+    assert choose("pareto", model="lambda_resnet350", image_px=288, small=True) == pareto(350, 288, small=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("nothing", {}, "recipe must be"),
+        ("digits", {"small": True}, "no small form"),
+        ("digits", {"epochs": 0}, "epochs must be at least 1"),
+        ("pareto", {"model": "resnet50_llll"}, "lambda_resnetDEPTH"),
+        ("pareto", {"model": "lambda_resnet51"}, "depth must be one of 50, 101"),
+    ],
+)
+def test_choose_refuses(name, given, message):
+    with pytest.raises(BadRecipe, match=message):
+        choose(name, **given)
