@@ -27,7 +27,7 @@ import torchvision
 from torch import nn
 
 import lambdanets
-from lambdanets.data import View
+from lambdanets.batches import View
 from lambdanets.recipes import Recipe
 
 WEIGHTS = "weights.safetensors"

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lambdanets.data import BadImage, Batches, View, open_image
+from lambdanets.batches import Batches, View
+from lambdanets.data import BadImage, open_image
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from timm.layers import DropPath, SEModule, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -202,10 +201,7 @@ class LambdaResNet(StrictLoading):
         """(b, in_chans, H, W) -> (b, num_features, H/32, W/32), rounded up."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         for stage in self.stages():
-            if self.grad_checkpointing:
-                x = checkpoint_seq(stage, x)
-            else:
-                x = stage(x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import lambdanets
 from lambdanets import data as images_on_disk
 from lambdanets import optim
+from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import (
     BAD_SAMPLES,
     CURVES,
@@ -37,7 +38,7 @@ from lambdanets.checkpoint import (
     write_atomically,
     write_json,
 )
-from lambdanets.data import Batches, Images, View
+from lambdanets.data import Images
 from lambdanets.evaluate import Scores, evaluate
 from lambdanets.recipes import BadRecipe, Recipe
 from lambdanets.report import Progress, curves_png
@@ -94,8 +95,7 @@ def train(
         seed=seed,
         augment=recipe.augment,
         randaugment_ops=recipe.randaugment_ops,
-        # TensorFlow's level, where 10 is strong, on torchvision's scale, which ends at 30: 15 runs as 10
-        randaugment_magnitude=min(30, 3 * recipe.randaugment_magnitude),
+        randaugment_magnitude=recipe.randaugment_magnitude,
         workers=workers,
         bad_file=folder / BAD_SAMPLES,
     )

@@ -72,7 +72,7 @@ def test_a_recipe_survives_json(run):
         ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lamb"), ("augment", "cutout"),
         ("interpolation", "nearest"), ("momentum", 1.0), ("label_smoothing", 1.0), ("drop_rate", -0.1),
         ("drop_path_rate", 1.0), ("ema_decay", 1.0), ("weight_decay", -1e-4), ("crop_frac", 0.0),
-        ("randaugment_ops", -1), ("randaugment_magnitude", 16), ("mean", (0.5,)), ("std", (0.5,)),
+        ("randaugment_ops", -1), ("mean", (0.5,)), ("std", (0.5,)),
         ("std", (0.5, 0.0, 0.5)), ("warmup_epochs", 90), ("warmup_epochs", -1), ("name", "a/b"),
     ],
 )  # fmt: skip
@@ -83,7 +83,9 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(argument, value):
 
 def test_randaugment_needs_the_transforms_it_goes_with():
     with pytest.raises(BadRecipe, match="randaugment_ops is 2"):
-        dataclasses.replace(digits(), randaugment_ops=2)
+        dataclasses.replace(digits(), randaugment_ops=2, randaugment_magnitude=9)
+    with pytest.raises(BadRecipe, match="randaugment_magnitude must be in 3 to 15, not 16"):
+        dataclasses.replace(layer_comparison(), randaugment_ops=2, randaugment_magnitude=16)
 
 
 def test_choose_replaces_only_what_is_given():

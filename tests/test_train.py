@@ -21,8 +21,9 @@ import lambdanets.checkpoint
 import lambdanets.data
 import lambdanets.train
 from lambdanets import optim
+from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import BadRun, choose_folder, open_run, save_weights, write_atomically
-from lambdanets.data import BadData, BadImage, Batches, Images, View
+from lambdanets.data import BadData, BadImage, Images
 from lambdanets.demo import demo
 from lambdanets.evaluate import evaluate, predict
 from lambdanets.recipes import BadRecipe, choose

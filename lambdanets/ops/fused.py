@@ -188,9 +188,7 @@ def _shifts(height: int, width: int, ry: int, rx: int, K: int, area: int) -> Shi
         )
         return touched_y * touched_x * N * Y * X, Shifts(N, Y, X, low_y, low_x, down, across)
 
-    cuts = [
-        cut(N, X) for N in (4, 8, 16) for X in (8, 16, 32) if 64 <= N * K <= 256 and area // (N * K) // X >= 1
-    ]
+    cuts = [cut(N, X) for N in (4, 8, 16) for X in (8, 16, 32) if 64 <= N * K <= 256 and area // (N * K) // X >= 1]
     return min(cuts or [cut(1, 16)])[1]
 
 
@@ -206,14 +204,25 @@ def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) ->
 
 
 @_jit
-def _place(tile: tl.tensor, count: tl.constexpr, strip: tl.tensor, per_strip: tl.tensor, height: tl.tensor, width: tl.tensor) -> tl.tensor:
+def _place(
+    tile: tl.tensor, count: tl.constexpr, strip: tl.tensor, per_strip: tl.tensor, height: tl.tensor, width: tl.tensor
+) -> tl.tensor:
     """The first position of a tile inside its strip, and the strip's left edge and columns."""
     left = tile // per_strip * strip
     return tile % per_strip * count, left, tl.minimum(strip, width - left)
 
 
 @_jit
-def _box(first: tl.tensor, count: tl.constexpr, left: tl.tensor, across: tl.tensor, height: tl.tensor, width: tl.tensor, ry: tl.tensor, rx: tl.tensor) -> tl.tensor:
+def _box(
+    first: tl.tensor,
+    count: tl.constexpr,
+    left: tl.tensor,
+    across: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    ry: tl.tensor,
+    rx: tl.tensor,
+) -> tl.tensor:
     """The positions of the map within half a table of a tile: top row, rows, left column, columns."""
     top = tl.maximum(first // across - ry // 2, 0)
     bottom = tl.minimum((first + count - 1) // across + ry // 2, height - 1)
@@ -277,14 +286,14 @@ def _lambda_kernel(
             acc = tl.reshape(tl.reshape(acc, (B * V, N, K)) + lam[:, None, :], (B * V, N * K))
     for i in range(h):
         if GRADIENT:
-            head = ((bb[None, :] * n + at[:, None]) * h + i)  # (N, B)
+            head = (bb[None, :] * n + at[:, None]) * h + i  # (N, B)
             ok = nn_real[:, None] & (bb < b)[None, :]
             g = tl.load(dy + head[:, :, None] * v + vv[None, None, :], ok[:, :, None] & (vv < v)[None, None, :], 0.0)
             d = tl.sum(tl.reshape(acc, (N, K, B, V)) * g.to(tl.float32)[:, None, :, :], 3)  # (N, K, B)
             into = out + part % chunks * (b * n * h * k) + head[:, None, :] * k + kk[None, :, None]
             tl.store(into, d.to(out.dtype.element_ty), ok[:, None, :] & (kk < k)[None, :, None])
         else:
-            head = ((bb[:, None] * n + at[None, :]) * h + i)  # (B, N)
+            head = (bb[:, None] * n + at[None, :]) * h + i  # (B, N)
             ok = (bb < b)[:, None] & nn_real[None, :]
             g = tl.load(q + head[:, :, None] * k + kk[None, None, :], ok[:, :, None] & (kk < k)[None, None, :], 0.0)
             y = tl.sum(tl.reshape(acc, (B, V, N, K)) * g.to(tl.float32)[:, None, :, :], 3)  # (B, V, N)
@@ -417,7 +426,25 @@ def _table_kernel(
         )  # (Y·X, B·V)
         column = x + r // H % N
         lam = _dlam(
-            q, dy, y * width + column, column < width, first_b, first_v, b, n, h, k, v, B, V, N, K, H, G, True, PRECISION
+            q,
+            dy,
+            y * width + column,
+            column < width,
+            first_b,
+            first_v,
+            b,
+            n,
+            h,
+            k,
+            v,
+            B,
+            V,
+            N,
+            K,
+            H,
+            G,
+            True,
+            PRECISION,
         )
         acc = _dot(lam, tl.trans(s), acc, PRECISION)
 

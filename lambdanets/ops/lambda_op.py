@@ -463,9 +463,8 @@ def _problem(
             kind = None  # one query: hiding from it is hiding from all
     if causal and (n != m or (grid is not None and (len(grid) != 1 or grid != context_grid))):
         raise ValueError(f"causal order is 1-D with n = m, and got n = {n}, m = {m}, grid {grid}")
-    training = torch.is_grad_enabled() and any(
-        [x is not None and x.requires_grad for x in (q, keys, values, table, embeddings)]
-    )
+    inputs = [x for x in (q, keys, values, table, embeddings) if x is not None]
+    training = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])  # noqa: C419  (torch.compile)
     return Problem(
         b, n, m, h, k, v, u, grid, context_grid, sides, embeddings is not None, kind, causal, keys is not None,
         training, q.dtype, q.device.type,

@@ -34,7 +34,7 @@ class Recipe:
     label_smoothing     share of the target spread evenly over the classes, in [0, 1)
     augment             "none"; "imagenet": random resized crop and flip; "digits": a mild rotation, shift and zoom
     randaugment_ops     RandAugment operations an image, 0 for none
-    randaugment_magnitude  their level in the TensorFlow code that the paper's numbers belong to, 0 to 15
+    randaugment_magnitude  their level in the TensorFlow code that the paper's numbers belong to, 3 to 15
     drop_rate           dropout before the classifier, in [0, 1)
     drop_path_rate      stochastic depth of the last block, in [0, 1)
     ema_decay           the evaluated weights are a running average with this decay (warmed up); 0: the last weights
@@ -102,7 +102,8 @@ class Recipe:
         need(self.weight_decay >= 0, "weight_decay", "at least 0")
         need(0 < self.crop_frac <= 1, "crop_frac", "in (0, 1]")
         need(self.randaugment_ops >= 0, "randaugment_ops", "at least 0")
-        need(0 <= self.randaugment_magnitude <= 15, "randaugment_magnitude", "in 0 to 15")
+        if self.randaugment_ops:  # below 3 its posterize, as published, keeps no bit
+            need(3 <= self.randaugment_magnitude <= 15, "randaugment_magnitude", "in 3 to 15")
         if self.randaugment_ops and self.augment != "imagenet":
             raise BadRecipe(
                 f"randaugment_ops is {self.randaugment_ops}, but RandAugment goes with augment='imagenet' only"

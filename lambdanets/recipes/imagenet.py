@@ -57,8 +57,7 @@ def pareto(depth: int, image_px: int, *, small: bool = False) -> Recipe:
     350,320 84.7 · 420,320 84.85. 152 at 224 takes 0.38 s a step of 1,024 images there (8 TPUv3 cores): 46 hours.
     SGD with momentum 0.9, batch 4,096, 0.1 per 256, 5 epochs of warm-up, cosine to 0, weight decay 4e-5, label
     smoothing 0.1, random crop, flip, RandAugment with 2 operations of magnitude 10 up to 160 px and 15 above, EMA
-    0.9999. The magnitude is TensorFlow's, where 10 is strong; torchvision's operations end
-    there, so 15 runs as 10 (train.py).
+    0.9999. The magnitude is on the scale of the published TensorFlow code, which 15 exceeds by half.
     R: dropout 0.2 to 0.3, here 0.2 up to depth 152 and 0.3 above; stochastic depth 0 (50, 101), 0.1 (152 to 270),
     0.2 (350, 420).
     Raises BadRecipe for a depth that has no LambdaResNet.

@@ -1,0 +1,296 @@
+"""Images to batches of tensors: a pure function of (seed, epoch, sample id).
+
+One picture to one tensor (`View`, `training_transform`), then the batches of an epoch (`Batches`).  Training may
+replace an unreadable picture, and counts it; evaluation may not.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from .data import SHOWN, BadData, BadImage, Images, check_labels, hash_of
+
+_SUBSTITUTES = 100  # tries before a sample is given up: all bad by chance at 1e-30 where half of the files are bad
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture becomes the tensor that a model sees: all of it, so that a run folder can keep it (`asdict`, JSON).
+
+    image_px       side of the square
+    in_channels    1 (grey) or 3 (RGB)
+    mean, std      of each channel, in units where white is 1
+    crop_frac      side of the central square kept, as a fraction of the shorter side; 1 keeps the largest square
+    interpolation  "bilinear" or "bicubic", antialiased (Pillow)
+
+    >>> grey = View(image_px=4, in_channels=1, mean=(0.5,), std=(0.25,), crop_frac=1.0)
+    >>> grey.evaluate(Image.new("RGB", (9, 7), "white")).unique()    # (1 - mean) / std
+    tensor([2.])
+    """
+
+    image_px: int
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_frac: float = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # JSON gives lists
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.image_px < 1:
+            raise ValueError(f"image_px is {self.image_px}: it must be at least 1")
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"in_channels is {self.in_channels}: 1 (grey) or 3 (RGB)")
+        if not len(self.mean) == len(self.std) == self.in_channels or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}: {self.in_channels} numbers each, std above 0")
+        if not 0 < self.crop_frac <= 1:
+            raise ValueError(f"crop_frac is {self.crop_frac}: it must lie above 0 and be at most 1")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {self.interpolation!r}: bilinear or bicubic")
+
+    def evaluate(self, image: Image.Image) -> Tensor:
+        """(C, H, W) float32: shorter side to round(image_px / crop_frac), centre crop, normalised."""
+        image = self._in_mode(image)
+        short_px = round(self.image_px / self.crop_frac)
+        width, height = (short_px * side // min(image.size) for side in image.size)
+        left, top = (round((side - self.image_px) / 2) for side in (width, height))
+        # The crop alone is resized: the same but for rounding, and 1 x 1,000,000 never becomes 256 x 256,000,000.
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + self.image_px) * across, (top + self.image_px) * down)
+        resample = Image.Resampling[self.interpolation.upper()]
+        return self._normalised(image.resize((self.image_px, self.image_px), resample, box))
+
+    def _in_mode(self, image: Image.Image) -> Image.Image:
+        mode = "L" if self.in_channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+
+    def _normalised(self, image: Image.Image) -> Tensor:
+        levels = v2.functional.pil_to_tensor(image).float().div_(255)
+        return v2.functional.normalize(levels, list(self.mean), list(self.std), inplace=True)
+
+
+def training_transform(
+    view: View, *, augment: str, randaugment_ops: int = 0, randaugment_magnitude: int = 0
+) -> Callable[[Image.Image], Tensor]:
+    """A function from picture to (C, H, W) float32 that draws from the ambient generators (`Batches` seeds them).
+
+    augment  "imagenet": a random crop of 8 to 100% of the area, a flip, then `randaugment_ops` of RandAugment;
+             "digits": rotation to 10 degrees, shift to 8%, scale 0.9 to 1.1, no flip; "none": `view.evaluate`
+    randaugment_magnitude  the published TensorFlow code's level, 3 to 15, 10 the end of its scale, each operation
+             always applied: timm's RandAugment with p1.0 and mmax (torchvision's has another scale). Below 3 posterize
+             would keep no bit
+    """
+    if randaugment_ops < 0 or (randaugment_ops and not 3 <= randaugment_magnitude <= 15):
+        asked = f"randaugment_ops is {randaugment_ops}, randaugment_magnitude {randaugment_magnitude}"
+        raise ValueError(f"{asked}: 0 or more, and 3 to 15")
+    if randaugment_ops and augment != "imagenet":
+        raise ValueError(f"randaugment_ops is {randaugment_ops} with augment={augment!r}: it goes with 'imagenet' only")
+    px, filter_ = view.image_px, v2.InterpolationMode(view.interpolation)
+    if augment == "none":
+        return view.evaluate
+    if augment == "imagenet":
+        steps = [v2.RandomResizedCrop(px, scale=(0.08, 1), interpolation=filter_), v2.RandomHorizontalFlip()]
+        if randaugment_ops:
+            grey = (128,) * 3 if view.in_channels == 3 else 128  # where the picture ends, as published
+            strength = f"rand-m{randaugment_magnitude}-n{randaugment_ops}-p1.0-mmax{max(10, randaugment_magnitude)}"
+            shift_px = int(0.45 * px)  # at the end of the scale; 100 of 224
+            steps.append(rand_augment_transform(strength, {"img_mean": grey, "translate_const": shift_px}))
+    elif augment == "digits":
+        steps = [v2.Resize((px, px), filter_), v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=filter_)]
+    else:
+        raise ValueError(f"augment is {augment!r}: 'imagenet', 'digits' or 'none'")
+    return v2.Compose([view._in_mode, *steps, view._normalised])
+
+
+class Batch(NamedTuple):
+    """images (b, C, H, W) float32; labels (b,) int64; ids: which of the Images these are (a substitute's own id)."""
+
+    images: Tensor
+    labels: Tensor
+    ids: list[int]
+
+
+class _Result(NamedTuple):
+    found: Batch | BadImage | BadData  # an error is a value here: raised in a worker it would arrive as a wall of text
+    bad: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """(epoch, ids) -> their batch: the part that runs in a worker, and remembers nothing."""
+
+    images: Images
+    transform: Callable[[Image.Image], Tensor]
+    training: bool
+    seed: int
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> _Result:
+        epoch, ids = key
+        bad: dict[str, str] = {}
+        tensors, used = [], []
+        # timm's RandAugment draws from all three, the last one in its legacy form.
+        ambient = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            for index in ids:
+                image, found = self._readable(epoch, index, bad)
+                # not torch.manual_seed, which reaches for the accelerators
+                seed = hash_of("augment", self.seed, epoch, index)
+                torch.default_generator.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed % 2**32)  # noqa: NPY002
+                tensors.append(self.transform(image))
+                used.append(found)
+        except (BadImage, BadData) as error:
+            return _Result(error, bad)
+        finally:
+            torch.set_rng_state(ambient[0])
+            random.setstate(ambient[1])
+            np.random.set_state(ambient[2])  # noqa: NPY002
+        labels = torch.tensor([int(self.images.labels[index]) for index in used])
+        return _Result(Batch(torch.stack(tensors), labels, used), bad)
+
+    def _readable(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[Image.Image, int]:
+        """The picture and its id; in training the first readable one of a sequence fixed by (seed, epoch, index)."""
+        candidate = index
+        for attempt in range(_SUBSTITUTES):
+            try:
+                return self.images.load(candidate), candidate
+            except BadImage as error:
+                if not self.training:
+                    raise
+                bad[self.images.names[candidate]] = error.reason
+            candidate = hash_of("substitute", self.seed, epoch, index, attempt) % len(self.images)
+        raise BadData(f"{self.images.names[index]} and {_SUBSTITUTES - 1} substitutes in a row cannot be read")
+
+
+class Batches:
+    """The batches of an epoch: order, augmentation and substitutes are a function of (seed, epoch, sample id) alone.
+
+    images        what to read; its labels are checked here (BadData)
+    view          picture -> tensor
+    batch_images  images in a batch
+    training      False: every image once, in order; an unreadable one raises BadImage.  True: shuffled, augmented,
+                  unreadable ones replaced, every batch full (a set smaller than a batch is one smaller batch)
+    seed          of order and augmentation
+    augment, randaugment_ops, randaugment_magnitude   see `training_transform`; used in training only
+    workers       processes that read; 0 reads here; the number does not change one bit of the result
+    max_bad_frac  of the data set: more unreadable pictures than this (and more than one) raise BadData
+    bad_file      where each unreadable picture is appended once, as a JSON line {"name", "reason"}
+    """
+
+    bad: dict[str, str]
+    """name -> reason of the unreadable pictures met so far."""
+
+    def __init__(
+        self,
+        images: Images,
+        view: View,
+        *,
+        batch_images: int,
+        training: bool,
+        seed: int = 0,
+        augment: str = "none",
+        randaugment_ops: int = 0,
+        randaugment_magnitude: int = 0,
+        workers: int = 0,
+        max_bad_frac: float = 0.001,
+        bad_file: Path | None = None,
+    ) -> None:
+        if batch_images < 1 or workers < 0 or not 0 <= max_bad_frac <= 1:
+            asked = f"batch_images is {batch_images}, workers {workers}, max_bad_frac {max_bad_frac}"
+            raise ValueError(f"{asked}: 1 or more, 0 or more, and 0 to 1")
+        if len(images) < 1 + training:  # batch norm on a 1 x 1 map cannot use a batch of one
+            raise BadData(f"{len(images)} image(s) to {'train on: two' if training else 'evaluate: one'} at least")
+        check_labels(images)
+        self.images, self.view, self.batch_images, self.training = images, view, batch_images, training
+        self.seed, self.max_bad_frac, self.bad_file = seed, max_bad_frac, bad_file
+        self.bad = {}
+        self._listed = _listed(bad_file)
+        transform: Callable[[Image.Image], Tensor] = view.evaluate
+        if training:
+            ops, magnitude = randaugment_ops, randaugment_magnitude
+            transform = training_transform(view, augment=augment, randaugment_ops=ops, randaugment_magnitude=magnitude)
+        self._reader = _Reader(images, transform, training, seed)
+        self._keys: list[tuple[int, list[int]]] = []  # of the epoch under way: the sampler of the loader below
+        self._epochs_started = 0
+        self._source: Iterable[_Result] | None = None
+        if workers:
+            self._source = DataLoader(
+                self._reader,  # type: ignore[arg-type]  # has __getitem__, is no Dataset
+                batch_size=None,
+                sampler=self._keys,
+                num_workers=workers,
+                persistent_workers=True,
+                collate_fn=_unchanged,
+                generator=torch.Generator(),  # else every epoch draws from the ambient one
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        if self.training:
+            return max(1, len(self.images) // self.batch_images)
+        return -(-len(self.images) // self.batch_images)
+
+    def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from `first_batch` on (a resumed run reads nothing twice); one epoch at a time."""
+        ids = list(range(len(self.images)))
+        if self.training:
+            shuffle = torch.Generator().manual_seed(hash_of("order", self.seed, epoch))
+            ids = torch.randperm(len(ids), generator=shuffle).tolist()
+        starts = range(first_batch * self.batch_images, len(self) * self.batch_images, self.batch_images)
+        self._keys[:] = [(epoch, ids[start : start + self.batch_images]) for start in starts]
+        self._epochs_started = started = self._epochs_started + 1
+        for result in self._source if self._source is not None else map(self._reader.__getitem__, self._keys):
+            if started != self._epochs_started:
+                raise RuntimeError(f"epoch {epoch} is no longer read: another one was started on the same Batches")
+            self._count(result.bad)
+            if isinstance(result.found, ValueError):
+                # a new one: `result` lives in this frame, and a cycle of error and frame would keep the workers alive
+                raise type(result.found)(*result.found.args)
+            yield result.found
+
+    def _count(self, bad: dict[str, str]) -> None:
+        new = {name: reason for name, reason in bad.items() if name not in self.bad}
+        if not new:
+            return
+        self.bad.update(new)
+        if self.bad_file is not None:
+            lines = [json.dumps({"name": name, "reason": new[name]}) for name in new if name not in self._listed]
+            with self.bad_file.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        allowed = max(1, int(self.max_bad_frac * len(self.images)))
+        if len(self.bad) > allowed:
+            found = f"{len(self.bad):,} of {len(self.images):,} training images cannot be read, {allowed:,} allowed"
+            listed = f" (listed in {self.bad_file})" if self.bad_file is not None else ""
+            first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.bad.items())[:SHOWN])
+            remedy = f"repair or remove them{listed}, or raise max_bad_frac (now {self.max_bad_frac})"
+            raise BadData(f"{found}: {remedy}; the first:{first}")
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _listed(bad_file: Path | None) -> set[str]:
+    """The names that an earlier run wrote already."""
+    if bad_file is None or not bad_file.exists():
+        return set()
+    text = bad_file.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):  # a kill cut the last line short: that name is written again
+        text = text[: text.rfind("\n") + 1]
+        bad_file.write_text(text, encoding="utf-8")
+    return {json.loads(line)["name"] for line in text.splitlines()}
