@@ -222,7 +222,8 @@ def bench_shape(
 
 
 def line(row: dict[str, Any]) -> str:
-    what = f"{row['side']}² d{row['dim']} r={row['scope'] or 'all'} {row['dtype']} {'fwd+bwd' if row['backward'] else 'fwd':<7}"
+    passes = "fwd+bwd" if row["backward"] else "fwd"
+    what = f"{row['side']}² d{row['dim']} r={row['scope'] or 'all'} {row['dtype']} {passes:<7}"
     ms = "  ".join(f"{name} {t:.2f}" for name, t in row["ms"].items())
     return f"{what} {row.get('times_timm', float('nan')):6.2f}x timm | ms: {ms} | auto = {row['auto_takes']}"
 

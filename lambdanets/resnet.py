@@ -3,6 +3,7 @@
 Attribute and parameter names follow torchvision and timm: `layer1`..`layer4` are the paper's c2..c5.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -349,11 +350,9 @@ def create_model(
     14995592
     """
     if name not in SIZES:
-        import difflib
-
         near = difflib.get_close_matches(name, SIZES, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"no model is called {name!r}{hint} lambdanets.list_models() has all {len(SIZES)} names")
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ValueError(f"no model is called {name!r}: {hint}lambdanets.list_models() has all {len(SIZES)} names")
     entry = globals()[name]
     return entry(
         num_classes=num_classes, in_chans=in_channels, drop_rate=drop_rate, drop_path_rate=drop_path_rate,

@@ -8,9 +8,9 @@ from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from . import resnet
 from .layer import _mismatch
 from .ops import lambda_op
-from .resnet import LambdaResNet, create_model
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
 
@@ -122,7 +122,50 @@ def create_public(
     return model
 
 
-def from_d_li14(state_dict: Mapping[str, Any]) -> LambdaResNet:
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    share_tables: bool = False,
+    lambda_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a LambdaResNet of ours by name (`resnet.create_model`), or a public model (`create_public`).
+
+    name             one of `list_models()`, or of PUBLIC
+    pretrained       timm's published weights; only the names in PUBLIC have any
+    num_classes, in_channels, drop_rate, drop_path_rate   as in both
+    share_tables, lambda_args                             as in `resnet.create_model`; ours only
+
+    >>> sum(p.numel() for p in create_model("resnet50_llll").parameters())
+    14995592
+    >>> sum(p.numel() for p in create_model("lambda_resnet26t").parameters())
+    10958272
+    """
+    if name.split(".")[0] in PUBLIC:
+        if share_tables or lambda_args:
+            raise ValueError(
+                f"{name!r} is timm's model, of fixed layers, and got share_tables={share_tables}, "
+                f"lambda_args={lambda_args}: leave them out, or take one of lambdanets.list_models()"
+            )
+        return create_public(
+            name, pretrained=pretrained, num_classes=num_classes, in_channels=in_channels, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )  # fmt: skip
+    if pretrained:
+        raise ValueError(
+            f"pretrained=True, and nobody has published weights of {name!r}; of {', '.join(PUBLIC)} timm has"
+        )
+    return resnet.create_model(
+        name, num_classes=num_classes, in_channels=in_channels, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
+        share_tables=share_tables, lambda_args=lambda_args,
+    )  # fmt: skip
+
+
+def from_d_li14(state_dict: Mapping[str, Any]) -> resnet.LambdaResNet:
     """Load the state dict of d-li14's lambda_resnet50 (github.com/d-li14/lambda.pytorch) into `resnet50_llll`.
 
     state_dict   torchvision's names, `module.` in front or not, and `layerL.B.conv2.` conv_qkv.weight (rows q, k, v;
@@ -140,7 +183,7 @@ def from_d_li14(state_dict: Mapping[str, Any]) -> LambdaResNet:
     """
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
     fc = state.get("fc.weight")
-    model = create_model(
+    model = resnet.create_model(
         "resnet50_llll",
         num_classes=1000 if fc is None else len(fc),
         lambda_args={"position_bias": True, "pool_count_padding": True},

@@ -266,7 +266,7 @@ def test_timm_parameter_groups_leave_tables_undecayed() -> None:
 
 
 def test_an_unknown_name_suggests_near_ones() -> None:
-    with pytest.raises(ValueError, match="'lambda_resnet51'; did you mean lambda_resnet50, "):
+    with pytest.raises(ValueError, match="'lambda_resnet51': did you mean lambda_resnet50, "):
         create_model("lambda_resnet51")
 
 

@@ -643,16 +643,18 @@ def test_weights_cut_short_are_refused(finished):
 def test_weights_of_another_model_are_refused_with_at_most_ten_names(finished):
     other = lambdanets.create_model("resnet50_cccc", num_classes=3)
     save_weights(other, finished / "weights.safetensors")
-    with pytest.raises(BadRun, match=r"is not the weights of this run's lambda_resnet_tiny.* and \d+ more$") as caught:
+    with pytest.raises(
+        BadRun, match=r"is not the weights of this run's lambda_resnet_tiny(.|\n)* and \d+ more"
+    ) as caught:
         open_run(finished)
-    assert str(caught.value).count(";") == 9
+    assert str(caught.value).count("layer") <= 30  # ten names a kind: missing, unknown, another shape
 
 
 def test_weights_that_are_not_finite_are_refused(finished):
     tensors = weights_of(finished)
     tensors["fc.bias"][1] = math.nan
     (finished / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
-    with pytest.raises(BadRun, match=r"fc\.bias is not finite"):
+    with pytest.raises(BadRun, match=r"1 tensors are not finite: fc\.bias"):
         open_run(finished)
 
 
@@ -661,5 +663,5 @@ def test_another_class_count_is_refused(finished):
     record = json.loads(path.read_text())
     record["classes"].append("violet")
     path.write_text(json.dumps(record))
-    with pytest.raises(BadRun, match=r"fc\.bias is \(3,\), not \(4,\)"):
+    with pytest.raises(BadRun, match=r"fc\.bias is \(3,\), the model's \(4,\)"):
         open_run(finished)

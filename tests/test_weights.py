@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 from lambdanets import LambdaLayer, LambdaResNet
-from lambdanets.weights import PUBLIC, AcceleratedLambdaLayer, accelerate, create_public, from_d_li14
+from lambdanets.weights import PUBLIC, AcceleratedLambdaLayer, accelerate, create_model, create_public, from_d_li14
 
 PARAMETERS = {
     "lambda_resnet26t": 10_958_272, "lambda_resnet26rpt_256": 10_988_688, "lambda_resnet50ts": 21_536_832,
@@ -369,7 +369,7 @@ def test_create_public_passes_every_argument_to_timm(monkeypatch: pytest.MonkeyP
         return nn.Identity()
 
     monkeypatch.setattr(timm, "create_model", instead)  # the download is timm's own and needs a network
-    create_public("lambda_resnet50ts", pretrained=True)
+    create_model("lambda_resnet50ts", pretrained=True)
     assert asked["name"] == "lambda_resnet50ts"
     assert asked["pretrained"] is True
 
@@ -377,6 +377,27 @@ def test_create_public_passes_every_argument_to_timm(monkeypatch: pytest.MonkeyP
 def test_another_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"'lambda_resnet99': timm has weights for lambda_resnet26t, .*50ts_256"):
         create_public("lambda_resnet99")
+
+
+def test_create_model_builds_both_kinds_and_refuses_what_one_of_them_has_not() -> None:
+    arguments = {"num_classes": 5, "in_channels": 1, "drop_rate": 0.25, "drop_path_rate": 0.1}
+    with torch.device("meta"):
+        ours = create_model("resnet50_cclc", **arguments, share_tables=True, lambda_args={"scope": 5})
+        public = create_model("lambda_resnet50ts", **arguments)
+    assert type(ours) is LambdaResNet
+    assert ours.layer3[0].conv2.table is ours.layer3[1].conv2.table
+    assert ours.layer3[0].conv2.scope == (5, 5)
+    assert len(lambda_layers(public)) == 5
+    for model, stem, rate in ((ours, ours.conv1, ours.drop_rate), (public, public.stem.conv1.conv, public.head.drop.p)):
+        assert (model.get_classifier().out_features, stem.in_channels, rate) == (5, 1, 0.25)
+        assert any(type(m).__name__ == "DropPath" for m in model.modules())
+    for wrong in ({"share_tables": True}, {"lambda_args": {"scope": 5}}):
+        with pytest.raises(ValueError, match=r"'lambda_resnet26t' is timm's model, .* leave them out"):
+            create_model("lambda_resnet26t", **wrong)
+    with pytest.raises(ValueError, match="nobody has published weights of 'resnet50_llll'; of lambda_resnet26t, "):
+        create_model("resnet50_llll", pretrained=True)
+    with pytest.raises(ValueError, match="no model is called 'lambda_resnet51'"):
+        create_model("lambda_resnet51")
 
 
 # --- d-li14's weights -----------------------------------------------------------------------------------------------
