@@ -24,9 +24,11 @@ _HOME = {
     "LambdaLayer3d": "layer",
     "resize_table": "layer",
     "LambdaResNet": "resnet",
-    "create_model": "resnet",
+    "create_model": "weights",
     "list_models": "resnet",
     "model_cost": "cost",
+    "accelerate": "weights",
+    "from_d_li14": "weights",
 }
 
 __all__ = [
@@ -35,7 +37,9 @@ __all__ = [
     "LambdaLayer3d",
     "LambdaResNet",
     "Problem",
+    "accelerate",
     "create_model",
+    "from_d_li14",
     "lambda_op",
     "list_models",
     "model_cost",
@@ -47,7 +51,8 @@ if TYPE_CHECKING:
     from .cost import model_cost
     from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d, resize_table
     from .ops import Problem, lambda_op, plan
-    from .resnet import LambdaResNet, create_model, list_models
+    from .resnet import LambdaResNet, list_models
+    from .weights import accelerate, create_model, from_d_li14
 
 
 def __getattr__(name: str) -> Any:

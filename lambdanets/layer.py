@@ -47,11 +47,13 @@ class StrictLoading(nn.Module):
             wrong = {k: s for k, s in wrong.items() if s[0] != s[1]}
             missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
             if wrong or missing or extra:
-                raise RuntimeError(_mismatch(type(self).__name__, wrong, missing, extra))
+                raise RuntimeError(mismatch(type(self).__name__, wrong, missing, extra))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def _mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str], extra: list[str]) -> str:
+def mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str], extra: list[str]) -> str:
+    """The message: keys missing, unknown, of another shape (key -> ours, theirs), ten a kind, and the remedy."""
+
     def some(names: list[str]) -> str:
         return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 

@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from . import resnet
-from .layer import _mismatch
+from .layer import mismatch
 from .ops import lambda_op
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
@@ -202,7 +202,7 @@ def from_d_li14(state_dict: Mapping[str, Any]) -> resnet.LambdaResNet:
     wrong = {key: pair for key, pair in sorted(wrong.items()) if pair[0] != pair[1]}
     missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     if wrong or missing or extra:
-        raise RuntimeError(_mismatch("d-li14's lambda_resnet50", wrong, missing, extra))
+        raise RuntimeError(mismatch("d-li14's lambda_resnet50", wrong, missing, extra))
 
     for at, counts in rows.items():
         for part, weight in zip("qkv", state.pop(f"{at}conv_qkv.weight").split(counts), strict=True):

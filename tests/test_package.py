@@ -37,14 +37,17 @@ def imports(name: str) -> set[str]:
     """Modules of ours that a file imports, at the top or inside functions; the lazy names of __init__ not counted."""
     tree, package = ast.parse(MODULES[name].read_text()), ["lambdanets", *name.split(".")[:-1]]
     found = set()
+    for node in list(ast.walk(tree)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # types are no arrows
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             path = [*base, *(node.module or "").split(".")] if node.module else base
             if path[:1] == ["lambdanets"]:
-                options = [".".join(path[1:])] + [".".join([*path[1:], a.name]) for a in node.names]
-                options += [f"{o}.__init__" for o in options if o]
-                found |= {o for o in options if o in MODULES and o != "__init__"}
+                named = {".".join([*path[1:], a.name]) for a in node.names} & set(MODULES)
+                whole = ".".join(path[1:])
+                found |= named or {m for m in (whole, f"{whole}.__init__") if m in MODULES}
     return found - {name}
 
 
