@@ -30,15 +30,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .lambda_op import Problem
 
+_TRITON = find_spec("triton") is not None
+_EMULATED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, so it must be set from the start
 _PROGRAMS = 132  # partial tiles of dR: the multiprocessors of an H200, wherever it runs, so that sums are the same
 
 
 def why_not(p: Problem) -> str | None:
     """Why the kernels cannot take this problem, with its sizes, or None."""
-    if find_spec("triton") is None:
+    if not _TRITON:
         return "Triton is not installed"
-    if p.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it runs on cuda, not on {p.device} (TRITON_INTERPRET=1 emulates it, slowly)"
+    if p.device != "cuda" and not _EMULATED:
+        return f"it runs on cuda, not on {p.device} (started with TRITON_INTERPRET=1, Python emulates it)"
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {str(p.dtype)[6:]}"
     if p.table is None or p.grid is None:
@@ -53,8 +55,8 @@ def why_not(p: Problem) -> str | None:
         return f"its tiles hold k up to 64 and h up to 32, and k = {p.k}, h = {p.h}"
     if min(p.b, p.h, p.k, p.v, p.u) < 1:
         return f"there is nothing to compute: b={p.b} h={p.h} k={p.k} v={p.v} u={p.u}"
-    # dR's partial sums hold the table at most 32 times over.
-    largest = max(p.b * p.n * max(p.h * p.k, p.h * p.v, p.v * p.u), 32 * math.prod(p.table) * _pow2(p.k, 16) * p.u)
+    # dR's partial sums hold the table, its k a power of two, at most 32 times over.
+    largest = max(p.b * p.n * max(p.h * p.k, p.h * p.v, p.v * p.u), 32 * math.prod(p.table) * (2 * p.k + 16) * p.u)
     if largest >= 2**31 or p.n >= 2**20:
         return f"it counts in 32 bits: up to 2³¹ numbers a tensor and 2²⁰ positions, here {largest:,} and {p.n:,}"
     return None
@@ -88,7 +90,7 @@ def _tiles(dtype: torch.dtype, precision: str, shared_bytes: int) -> Tiles:
         return Tiles(256, 128, 64, 128, 64, 128 * 256, 64, 8, stages)
     if precision == "tf32":
         return Tiles(128, 64, 32, 64, 32, 64 * 128, 32, 4, stages)
-    return Tiles(64, 64, 32, 64, 16, 64 * 64, 16, 4, 3)
+    return Tiles(64, 64, 32, 64, 32, 64 * 64, 16, 4, 3)
 
 
 def _ceil(a: int, b: int) -> int:
@@ -101,14 +103,18 @@ def _pow2(x: int, least: int = 1) -> int:
 
 @lru_cache(maxsize=1024)
 def _strips(height: int, width: int, ry: int, rx: int, positions: int) -> dict[str, int]:
-    """Cut the map into strips of columns, and these row by row into tiles: whole rows where all is visible, near
-    squares where the window is small; whatever makes the boxes that the tiles see smallest."""
+    """Cut the map into strips of columns, and these row by row into tiles, so that the boxes they see are smallest:
+    whole rows where all is visible, near squares where the window is small."""
 
     def cost(strip: int) -> int:
-        box = min(height, _ceil(positions, strip) + ry - 1) * min(width, strip + rx - 1)
-        return _ceil(height * strip, positions) * _ceil(width, strip) * box
+        tiles = range(0, height * strip, positions)
+        rows = sum(
+            min(height, (i + positions - 1) // strip + ry // 2 + 1) - max(0, i // strip - ry // 2) for i in tiles
+        )
+        strips = range(0, width, strip)
+        return rows * sum(min(width, x + strip + rx // 2) - max(0, x - rx // 2) for x in strips)
 
-    strip = min([width, *[s for s in (2, 4, 8, 16) if s < width]], key=cost)
+    strip = min([width, *[s for s in (2, 4, 8, 16, 32, 64, 128) if s < width]], key=cost)
     per_strip = _ceil(height * strip, positions)
     return {"strip": strip, "per_strip": per_strip, "tiles": per_strip * _ceil(width, strip)}
 
@@ -129,7 +135,7 @@ def _shifts(height: int, width: int, ry: int, rx: int, K: int, pairs: int) -> di
             "N": N, "Y": Y, "X": X, "low_y": low_y, "low_x": low_x, "down": len(down), "across": len(across)
         }  # fmt: skip
 
-    sizes = [(N, X) for N in (1, 2, 4, 8, 16) for X in (8, 16, 32) if min(64, 16 * K) <= N * K <= max(256, K)]
+    sizes = [(N, X) for N in (1, 2, 4, 8, 16) for X in (8, 16, 32, 64, 128) if min(64, 16 * K) <= N * K <= max(256, K)]
     return min((cut(N, X) for N, X in sizes if pairs // (N * K) >= X), key=lambda c: c[0])[1]
 
 
@@ -225,7 +231,7 @@ def _fused_dvalues(q: Tensor, table: Tensor, dy: Tensor, grid: Sequence[int]) ->
         "values_kernel", cut["tiles"] * part["parts"] * s.u, s, **cut, **part, **group, M=s.tiles.positions,
         q=q, table=table.movedim(-1, 0), dy=dy, out=out,
     )  # fmt: skip
-    return out.movedim(1, 3).reshape(s.b, s.n, s.v, s.u)
+    return out.movedim(1, 3).contiguous()
 
 
 @torch.library.custom_op("lambdanets::fused_dtable", mutates_args=())
@@ -240,7 +246,7 @@ def _fused_dtable(q: Tensor, values: Tensor, dy: Tensor, grid: Sequence[int], ta
     cut = {**cut, **s.groups(N), "splits": splits}
     _launch("table_kernel", splits * shifts, s, **cut, **part, q=q, values=values.movedim(3, 1), dy=dy, out=sums)
     _launch("fold_kernel", _ceil(s.u * s.ry * s.rx, 16), s, **cut, sums=sums, out=out, tall=tall, wide=wide, M=16)
-    return out.movedim(0, -1).reshape(*table, s.k, s.u)
+    return out.movedim(0, -1).contiguous()
 
 
 @torch.library.custom_op("lambdanets::fused_dcontent", mutates_args=())

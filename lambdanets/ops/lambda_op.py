@@ -173,12 +173,40 @@ STRATEGIES: dict[str, Strategy] = {
 
 # --- the plan -----------------------------------------------------------------------------------------------------
 
-# Rates for ranking, (multiply-adds a second by strategy, bytes a second in cache, bytes a second beyond, cache bytes).
-# "cpu" was fitted to benchmarks/op.py on two cores; "cuda" is a guess from data sheets until a run on one replaces it.
+
+@dataclass(frozen=True)
+class _Rates:
+    """What turns a cost into seconds: fitted to measurements, for ranking only.
+
+    macs, bytes  a second, for each order: they run different routines
+    far          how much slower bytes are when the largest intermediate leaves the cache
+    block_s      a block's overhead
+    """
+
+    macs: dict[str, float]
+    bytes: dict[str, float]
+    far: float
+    block_s: float
+
+
+def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_s: float) -> _Rates:
+    orders = ("lambdas", "scores", "conv")
+    return _Rates(dict(zip(orders, macs, strict=True)), dict(zip(orders, moved, strict=True)), far, block_s)
+
+
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22, to every
+# strategy on 11 shapes (one thread: the ranking is what matters). "cuda" is a guess from data sheets, not measured yet.
 _RATES = {
-    "cpu": ({"lambdas": 6e10, "scores": 6e10, "conv": 6e10}, 2e10, 8e9, 32 << 20),
-    "cuda": ({"lambdas": 2e14, "scores": 5e13, "conv": 5e13}, 6e12, 3e12, 32 << 20),
+    ("cpu", False, False): _rates((6.7e10, 1e12, 2.1e11), (3.9e10, 1.3e10, 1e10), 1.8, 2.1e-4),
+    ("cpu", False, True): _rates((1.5e10, 2.2e10, 7.2e9), (6e9, 3.3e9, 2.4e9), 2.4, 2.3e-4),
+    ("cpu", True, False): _rates((6.2e11, 1e12, 3.5e11), (1.4e10, 1.5e10, 4.7e9), 1.5, 2.8e-4),
+    ("cpu", True, True): _rates((4.2e10, 1e12, 2.4e10), (4.6e9, 2.2e9, 1.4e9), 2.0, 8.7e-4),
+    ("cuda", False, False): _rates((2e13, 1e13, 1e13), (4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", False, True): _rates((7e12, 3e12, 3e12), (1e12, 1e12, 1e12), 1.5, 6e-5),
+    ("cuda", True, False): _rates((2e14, 5e13, 5e13), (4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", True, True): _rates((7e13, 2e13, 2e13), (1e12, 1e12, 1e12), 1.5, 6e-5),
 }
+_CACHE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
@@ -232,7 +260,7 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     why_not = row.why_not(p)
     if p.table is None and not p.embeddings:  # content only: every strategy does the same, nothing
         return Cost(name, 0, 0, 0, 0.0, p.n, why_not)
-    device = p.device if p.device in _RATES else "cuda"
+    device = p.device if p.device in _BLOCK_BYTES else "cuda"
     block = max(1, p.n)
     if row.chunked:
         budget = _BLOCK_BYTES[device] if limit is None else min(limit, _BLOCK_BYTES[device])
@@ -241,10 +269,11 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     macs, moved, largest = row.cost(p, block)
     if why_not is None and limit is not None and largest > limit:
         why_not = f"its largest intermediate needs {largest:,} bytes, over the limit of {limit:,}"
-    rates, near, far, cache = _RATES[device]
+    rates = _RATES[device, _itemsize(p) < 4, p.training]
     order = name.removesuffix("_chunked")
-    launches = 1 if not row.chunked else max(1, p.n // block)
-    seconds = macs / rates[order] + moved / (near if largest <= cache else far) + 2e-5 * launches
+    blocks = max(1, p.n // block) if row.chunked else 1
+    far = 1.0 if largest <= _CACHE_BYTES[device] else rates.far
+    seconds = macs / rates.macs[order] + moved / rates.bytes[order] * far + rates.block_s * blocks
     return Cost(name, macs, moved, largest, seconds, block, why_not)
 
 
@@ -327,7 +356,7 @@ def lambda_op(
     True
     """
     device = q.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # there is no autocast on meta
     if autocast:
         dtype = torch.get_autocast_dtype(device)
         q, values = q.to(dtype), values.to(dtype)
