@@ -461,7 +461,7 @@ def _problem(
         grid = tuple(grid)
         context_grid = grid if context_grid is None else tuple(context_grid)
         for name, sizes, letter, count in (("grid", grid, "n", n), ("context_grid", context_grid, "m", m)):
-            if min(sizes, default=0) < 1 or math.prod(sizes) != count:
+            if not sizes or min(sizes) < 1 or math.prod(sizes) != count:
                 raise ValueError(f"{name} {sizes} has {math.prod(sizes)} positions and {letter} is {count}")
         if len(grid) != len(context_grid) or len(grid) > 3:
             raise ValueError(f"grid {grid} and context_grid {context_grid} must have the same 1, 2 or 3 axes")
