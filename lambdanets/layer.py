@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import Problem, lambda_op
-from .ops.lambda_op import KEY_NORMS, STRATEGIES
+from .ops import STRATEGIES, Problem, lambda_op
+from .ops.lambda_op import KEY_NORMS
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

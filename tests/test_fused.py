@@ -74,7 +74,7 @@ CASES = {
     "1-D window": Case((13,), (7,), k=16),
     "1-D global": Case((6,), (11,), b=1, h=1, u=2),
     "deep keys": Case((3, 4), (3, 5), h=2, k=33),
-    "many heads": Case((3, 4), (3, 5), b=1, h=19, v=16),
+    "many heads": Case((3, 4), (3, 5), b=1, h=11, v=16),
 }
 # Small enough that the maps below need several of everything: strips, tiles, parts of v, steps, shifts and splits.
 SMALL = fused.Tiles(32, 32, 16, 16, 32, 16 * 64, 16, 4, 2)
@@ -243,7 +243,7 @@ PROBLEM = Case((14, 14), (23, 23), b=8, h=4, k=16, v=64).problem()
         (replace(PROBLEM, context_grid=(28, 7)), r"\(14, 14\) and the context grid \(28, 7\) differ"),
         (replace(PROBLEM, mask="queries"), "mask by query, here 196 x 196"),
         (replace(PROBLEM, k=65), "k = 65, h = 4"),
-        (replace(PROBLEM, h=33), "k = 16, h = 33"),
+        (replace(PROBLEM, h=17), "k = 16, h = 17"),
         (replace(PROBLEM, b=0), "nothing to compute: b=0"),
         (replace(PROBLEM, b=10**6), "here 50,176,000,000 and 196"),
     ],
@@ -273,7 +273,7 @@ def test_the_tiles_cover_the_map_and_every_offset_once(height: int, width: int, 
                     seen.append((i // across, left + i % across))
         assert sorted(seen) == [(y, x) for y in range(height) for x in range(width)]
     for K in (16, 32, 64):
-        cut = fused._shifts(height, width, ry, rx, K, 128 * 256)
+        cut = fused._shifts(height, width, ry, rx, 4, K, 128 * 256)
         tall, wide = cut["down"] * cut["Y"], cut["across"] * cut["X"]
         assert cut["N"] * K * cut["Y"] * cut["X"] <= 128 * 256
         for oy in range(-min(ry // 2, height - 1), min(ry // 2, height - 1) + 1):
@@ -330,12 +330,12 @@ if not INTERPRETED:
         signature, constants, aligned = {}, {}, {}
         for place, parameter in enumerate(kernel.params):
             a = given[parameter.name] if parameter.name in given else getattr(s, parameter.name)
-            if parameter.is_constexpr:
-                constants[parameter.name] = a
+            kind = types[a.dtype] if isinstance(a, Tensor) else "i32"
+            if parameter.is_constexpr or (kind == "i32" and a == 1):  # triton.jit makes a 1 a constant
+                kind, constants[parameter.name] = "constexpr", a
             elif isinstance(a, Tensor) or a % 16 == 0:
                 aligned[place,] = [["tt.divisibility", 16]]
-            kind = types[a.dtype] if isinstance(a, Tensor) else "i32"
-            signature[parameter.name] = "constexpr" if parameter.is_constexpr else kind
+            signature[parameter.name] = kind
         options = {"num_warps": s.tiles.warps, "num_stages": s.tiles.stages, "enable_fp_fusion": True}
         binary = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", 90, 32), options)
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -1,7 +1,9 @@
-"""The lambda operation: the definition (`reference`), the exact orders (`eager`), and the door (`lambda_op`)."""
+"""The lambda operation: the definition (`reference`), the exact orders (`eager`, `fused`), what they cost
+(`strategies`), and the door (`lambda_op`)."""
 
-from .lambda_op import STRATEGIES, Cost, Plan, Problem, Strategy, lambda_op, plan
+from .lambda_op import lambda_op
 from .reference import lambda_reference, relative_embeddings
+from .strategies import STRATEGIES, Cost, Plan, Problem, Strategy, plan
 
 __all__ = [
     "STRATEGIES",

@@ -27,6 +27,7 @@ class Position(NamedTuple):
     grid: tuple[int, ...]
     context_grid: tuple[int, ...]
     mask: Tensor | None  # (1 or b, n, m), True where query n sees context m
+    lam_c: Tensor | None = None  # (b, k, v), the content lambda, for a strategy that adds it itself
 
 
 def lambdas(p: Position, block: int) -> Tensor:
@@ -54,14 +55,13 @@ def conv(p: Position, block: int) -> Tensor:
     return torch.einsum("bnhk,bvkn->bnhv", p.q, lam.reshape(b, v, k, m))
 
 
-def content(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, visible: Tensor | None) -> Tensor:
-    """The content part y = q·(K̄ᵀV): one lambda an example, shared by all queries.
+def content_lambda(keys: Tensor, values: Tensor, key_norm: str, visible: Tensor | None) -> Tensor:
+    """λc = K̄ᵀV (b, k, v): one an example, shared by all its queries.
 
     `visible` (b, 1, m) or None hides contexts from every query.
     """
     keys_bar = _normalise(keys, None if visible is None else visible.transpose(1, 2)[..., None], key_norm, 1)
-    lam = torch.einsum("bmku,bmvu->bkv", keys_bar.to(values.dtype), values)
-    return torch.einsum("bnhk,bkv->bnhv", q, lam)
+    return torch.einsum("bmku,bmvu->bkv", keys_bar.to(values.dtype), values)
 
 
 def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask: Tensor, block: int) -> Tensor:

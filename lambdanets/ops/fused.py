@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .lambda_op import Problem
+    from .strategies import Problem
 
 _TRITON = find_spec("triton") is not None
 _EMULATED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, so it must be set from the start
@@ -51,8 +51,8 @@ def why_not(p: Problem) -> str | None:
         return f"the query grid {p.grid} and the context grid {p.context_grid} differ"
     if p.mask is not None:
         return f"a mask by query, here {p.n} x {p.m}, is not read by the kernels"
-    if p.k > 64 or p.h > 32:
-        return f"its tiles hold k up to 64 and h up to 32, and k = {p.k}, h = {p.h}"
+    if p.k > 64 or p.h > 16:
+        return f"its tiles hold k up to 64 and h up to 16, and k = {p.k}, h = {p.h}"
     if min(p.b, p.h, p.k, p.v, p.u) < 1:
         return f"there is nothing to compute: b={p.b} h={p.h} k={p.k} v={p.v} u={p.u}"
     # dR's partial sums hold the table, its k a power of two, at most 32 times over.
@@ -120,7 +120,7 @@ def _strips(height: int, width: int, ry: int, rx: int, positions: int) -> dict[s
 
 
 @lru_cache(maxsize=1024)
-def _shifts(height: int, width: int, ry: int, rx: int, K: int, pairs: int) -> dict[str, int]:
+def _shifts(height: int, width: int, ry: int, rx: int, h: int, K: int, pairs: int) -> dict[str, int]:
     """Cut the offsets from a row of N queries to a box of Y x X contexts into down x across tiles, the first at (low_y,
     low_x): the cut whose tiles meet the map least often."""
 
@@ -135,8 +135,10 @@ def _shifts(height: int, width: int, ry: int, rx: int, K: int, pairs: int) -> di
             "N": N, "Y": Y, "X": X, "low_y": low_y, "low_x": low_x, "down": len(down), "across": len(across)
         }  # fmt: skip
 
-    sizes = [(N, X) for N in (1, 2, 4, 8, 16) for X in (8, 16, 32, 64, 128) if min(64, 16 * K) <= N * K <= max(256, K)]
-    return min((cut(N, X) for N, X in sizes if pairs // (N * K) >= X), key=lambda c: c[0])[1]
+    # Wide enough for the tensor cores, and no more rows of heads than registers hold.
+    rows = [N for N in (1, 2, 4, 8, 16) if 64 <= N * K <= 256 and N * _pow2(h) <= 128]
+    cuts = [cut(N, X) for N in rows for X in (8, 16, 32, 64, 128) if pairs >= X * N * K]
+    return min(cuts, key=lambda c: c[0])[1]
 
 
 class Sizes(NamedTuple):
@@ -237,7 +239,7 @@ def _fused_dvalues(q: Tensor, table: Tensor, dy: Tensor, grid: Sequence[int]) ->
 @torch.library.custom_op("lambdanets::fused_dtable", mutates_args=())
 def _fused_dtable(q: Tensor, values: Tensor, dy: Tensor, grid: Sequence[int], table: Sequence[int]) -> Tensor:
     s = _sizes(q, (*q.shape[2:], *values.shape[2:]), grid, table)
-    cut, part = _shifts(s.height, s.width, s.ry, s.rx, s.K, s.tiles.pairs), s.split(s.tiles.depth)
+    cut, part = _shifts(s.height, s.width, s.ry, s.rx, s.h, s.K, s.tiles.pairs), s.split(s.tiles.depth)
     tall, wide, N = cut["down"] * cut["Y"], cut["across"] * cut["X"], cut["N"]
     shifts = cut["down"] * cut["across"] * s.u
     splits = max(1, min(_PROGRAMS // shifts, s.height * _ceil(s.width, N) * part["parts"]))

@@ -1,0 +1,316 @@
+"""Sizes in, strategies out: what each exact order of evaluation costs on a problem, and which one to run.
+
+The letters are the paper's: b batch, n queries, m context, h queries per position (heads), k key depth, v value depth,
+u intra-depth, r scope. The content part is always q·(K̄ᵀV); the strategies differ in the position part.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import eager, fused
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes that decide what a lambda operation costs. Nothing here holds data.
+
+    b n m h k v u         sizes, in the paper's letters
+    grid, context_grid    sizes of the query and the context grid; None where positions are not a grid
+    table                 sides (r_1, ..., r_d) of the relative table, or None
+    embeddings            True for explicit embeddings (n, m, k, u)
+    mask                  None, "queries" for a mask (n, m), "examples" for a mask (b, n, m); a mask that hides the
+                          same contexts from every query is applied to keys and values beforehand and costs nothing
+    causal, content       causal order in 1-D; whether there is a content part
+    training              whether a backward pass will follow: strategies differ in what theirs costs
+    """
+
+    b: int
+    n: int
+    m: int
+    h: int
+    k: int
+    v: int
+    u: int = 1
+    grid: tuple[int, ...] | None = None
+    context_grid: tuple[int, ...] | None = None
+    table: tuple[int, ...] | None = None
+    embeddings: bool = False
+    mask: str | None = None
+    causal: bool = False
+    content: bool = True
+    training: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def window(self) -> int:
+        """Contexts that a query's table reaches: Π min(r, 2·side - 1), or m for explicit embeddings."""
+        if self.table is None or self.grid is None:
+            return self.m
+        return math.prod([min(r, 2 * s - 1) for r, s in zip(self.table, self.grid, strict=True)])
+
+    @property
+    def paper_macs(self) -> int:
+        """Multiply-adds as the paper counts them: position b·n·Π min(r, side)·k·v·u, content b·m·k·v·u, and q·λ.
+
+        The two lambdas are added before they are applied, so q·λ is paid once.
+        """
+        macs = self.b * self.n * self.h * self.k * self.v
+        if self.content:
+            macs += self.b * self.m * self.k * self.v * self.u
+        if self.table is not None and self.context_grid is not None:
+            reach = math.prod([min(r, s) for r, s in zip(self.table, self.context_grid, strict=True)])
+            macs += self.b * self.n * reach * self.k * self.v * self.u
+        elif self.embeddings:
+            macs += self.b * self.n * self.m * self.k * self.v * self.u
+        return macs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one strategy costs on one problem, forward, position part.
+
+    macs           multiply-adds
+    bytes_moved    bytes read and written, intermediates included
+    largest_bytes  the largest intermediate
+    seconds        the model's estimate, with the backward pass if the problem has one; for ranking only
+    block          queries worked on at a time
+    why_not        why it cannot run here, or None
+    """
+
+    strategy: str
+    macs: int
+    bytes_moved: int
+    largest_bytes: int
+    seconds: float
+    block: int
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One exact order of evaluation: a row of STRATEGIES.
+
+    `run` evaluates a block of queries at a time, `cost` gives (multiply-adds, bytes moved, largest bytes) for a block,
+    `why_not` says why a problem cannot run, `builds` names the intermediates for the plan's printout.
+    """
+
+    run: Callable[[eager.Position, int], Tensor]
+    cost: Callable[[Problem, int], tuple[int, int, int]]  # (problem, block) -> macs, bytes moved, largest bytes
+    why_not: Callable[[Problem], str | None]
+    chunked: bool
+    builds: str
+    adds_content: bool = False  # adds the content lambda to the position lambda before q is applied
+    automatic: bool = True  # "auto" may take it
+
+
+def _itemsize(p: Problem) -> int:
+    return max(p.dtype.itemsize, 4) if p.dtype == torch.float16 else p.dtype.itemsize  # fp16 is computed in float32
+
+
+def _ends(p: Problem) -> int:
+    """Numbers read and written whatever the strategy: q, V, the table, y."""
+    weights = math.prod(p.table) * p.k * p.u if p.table else p.n * p.m * p.k * p.u
+    return p.b * p.n * p.h * (p.k + p.v) + p.b * p.m * p.v * p.u + weights
+
+
+def _cost_lambdas(p: Problem, block: int) -> tuple[int, int, int]:
+    macs = p.b * p.n * p.m * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    expanded, lam = p.m * p.k * p.u, p.b * p.k * p.v  # a query
+    moved = 2 * p.n * (expanded + 2 * lam) + _ends(p)
+    return macs, moved * _itemsize(p), max(expanded, lam) * block * _itemsize(p)
+
+
+def _cost_scores(p: Problem, block: int) -> tuple[int, int, int]:
+    macs = p.b * p.h * p.n * p.m * p.u * (p.k + p.v)
+    expanded, s = p.m * p.k * p.u, p.b * p.h * p.m * p.u
+    moved = 2 * p.n * (expanded + 2 * s) + _ends(p)
+    return macs, moved * _itemsize(p), max(expanded, s) * block * _itemsize(p)
+
+
+def _cost_conv(p: Problem, block: int) -> tuple[int, int, int]:
+    macs = p.b * p.n * p.window * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    lam = p.b * p.n * p.k * p.v
+    return macs, (4 * lam + _ends(p)) * _itemsize(p), lam * _itemsize(p)
+
+
+def _lambdas_why_not(p: Problem) -> str | None:
+    if p.mask == "examples":
+        return f"a mask that differs by example would need {p.b} expanded tables; scores applies it to s instead"
+    return None
+
+
+def _conv_why_not(p: Problem) -> str | None:
+    if p.table is None:
+        return "it needs a relative table on a grid, and got " + ("embeddings" if p.embeddings else "no positions")
+    if p.grid != p.context_grid:
+        return f"the query grid {p.grid} and the context grid {p.context_grid} differ"
+    if p.mask is not None:
+        return "a mask by query cannot be written as one kernel"
+    return None
+
+
+def _fused(p: eager.Position, block: int) -> Tensor:
+    assert p.table is not None
+    return fused.fused(p.q, p.values, p.table, p.lam_c, p.grid)
+
+
+def _cost_fused(p: Problem, block: int) -> tuple[int, int, int]:
+    macs = p.b * p.n * p.window * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    return macs, _ends(p) * p.dtype.itemsize, 0
+
+
+def _always(p: Problem) -> str | None:
+    return None
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "lambdas": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, False, "E (n,m,k,u), λ (b,n,k,v)"),
+    "scores": Strategy(eager.scores, _cost_scores, _always, False, "E (n,m,k,u), s (b,h,n,m,u)"),
+    "conv": Strategy(eager.conv, _cost_conv, _conv_why_not, False, "λ (b,n,k,v)"),
+    "lambdas_chunked": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, True, "a block of E and of λ"),
+    "scores_chunked": Strategy(eager.scores, _cost_scores, _always, True, "a block of E and of s"),
+    # By name only: its kernels have run in Triton's interpreter and compiled for sm_90, never yet on a GPU.
+    "fused": Strategy(_fused, _cost_fused, fused.why_not, False, "nothing", adds_content=True, automatic=False),
+}
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """What turns a cost into seconds: fitted to measurements, for ranking only.
+
+    macs, bytes  a second, for each order: they run different routines
+    far          how much slower bytes are when the largest intermediate leaves the cache
+    block_s      a block's overhead
+    """
+
+    macs: dict[str, float]
+    bytes: dict[str, float]
+    far: float
+    block_s: float
+
+
+def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_s: float) -> _Rates:
+    orders = ("lambdas", "scores", "conv", "fused")
+    return _Rates(dict(zip(orders, macs, strict=True)), dict(zip(orders, moved, strict=True)), far, block_s)
+
+
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22, to every
+# strategy on 11 shapes (one thread: the ranking is what matters). "cuda" is a guess from data sheets, not measured yet.
+_RATES = {
+    ("cpu", False, False): _rates((6.7e10, 1e12, 2.1e11, 1e6), (3.9e10, 1.3e10, 1e10, 1e9), 1.8, 2.1e-4),
+    ("cpu", False, True): _rates((1.5e10, 2.2e10, 7.2e9, 1e6), (6e9, 3.3e9, 2.4e9, 1e9), 2.4, 2.3e-4),
+    ("cpu", True, False): _rates((6.2e11, 1e12, 3.5e11, 1e6), (1.4e10, 1.5e10, 4.7e9, 1e9), 1.5, 2.8e-4),
+    ("cpu", True, True): _rates((4.2e10, 1e12, 2.4e10, 1e6), (4.6e9, 2.2e9, 1.4e9, 1e9), 2.0, 8.7e-4),
+    ("cuda", False, False): _rates((2e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", False, True): _rates((7e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
+    ("cuda", True, False): _rates((2e14, 5e13, 5e13, 2e14), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", True, True): _rates((7e13, 2e13, 2e13, 6e13), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
+}
+_CACHE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+
+
+class Plan:
+    """The strategies for one problem, best first, then those that cannot run. `print` it; `plan[0]` is what runs."""
+
+    def __init__(self, problem: Problem, costs: list[Cost]) -> None:
+        self.problem, self.costs = problem, costs
+
+    def __getitem__(self, index: int) -> Cost:
+        return self.costs[index]
+
+    def __iter__(self) -> Iterator[Cost]:
+        return iter(self.costs)
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def __str__(self) -> str:
+        p = self.problem
+        where = f"grid {p.grid}, table {p.table}" if p.table else "embeddings" if p.embeddings else "no positions"
+        lines = [
+            f"b={p.b} n={p.n} m={p.m} h={p.h} k={p.k} v={p.v} u={p.u}, {where}, {str(p.dtype)[6:]} on {p.device}",
+            f"{'strategy':<16} {'GMACs':>9} {'MB moved':>9} {'largest MB':>10} {'block':>6} {'est. ms':>8}"
+            "  builds, or why not",
+        ]
+        for c in self.costs:
+            lines.append(
+                f"{c.strategy:<16} {c.macs / 1e9:9.3f} {c.bytes_moved / 1e6:9.1f} {c.largest_bytes / 1e6:10.2f} "
+                f"{c.block:6d} {c.seconds * 1e3:8.2f}  {c.why_not or STRATEGIES[c.strategy].builds}"
+            )
+        return "\n".join(lines)
+
+
+def plan(problem: Problem, *, memory_limit_bytes: int | None = None) -> Plan:
+    """Price every strategy from sizes alone, without allocating; the first row is what "auto" runs.
+
+    memory_limit_bytes  no intermediate may be larger; chunked strategies cut their blocks to fit
+
+    >>> p = Problem(b=8, n=196, m=196, h=4, k=16, v=64, grid=(14, 14), context_grid=(14, 14), table=(23, 23))
+    >>> plan(p)[0].strategy
+    'scores'
+    >>> p.paper_macs == 8 * 196 * (196 * 16 * 64) + 8 * 196 * 16 * 64 + 8 * 196 * 4 * 16 * 64
+    True
+    """
+    return _plan(problem, memory_limit_bytes)
+
+
+def _price(p: Problem, name: str, limit: int | None) -> Cost:
+    row = STRATEGIES[name]
+    why_not = row.why_not(p)
+    if p.table is None and not p.embeddings:  # content only: every strategy does the same, nothing
+        return Cost(name, 0, 0, 0, 0.0, p.n, why_not)
+    device = p.device if p.device in BLOCK_BYTES else "cuda"
+    block = max(1, p.n)
+    if row.chunked:
+        budget = BLOCK_BYTES[device] if limit is None else min(limit, BLOCK_BYTES[device])
+        one = row.cost(p, 1)[2]
+        block = max(1, min(block, budget // max(1, one)))
+    macs, moved, largest = row.cost(p, block)
+    if why_not is None and limit is not None and largest > limit:
+        why_not = f"its largest intermediate needs {largest:,} bytes, over the limit of {limit:,}"
+    rates = _RATES[device, _itemsize(p) < 4, p.training]
+    order = name.removesuffix("_chunked")
+    blocks = max(1, p.n // block) if row.chunked else 1
+    far = 1.0 if largest <= _CACHE_BYTES[device] else rates.far
+    seconds = macs / rates.macs[order] + moved / rates.bytes[order] * far + rates.block_s * blocks
+    return Cost(name, macs, moved, largest, seconds, block, why_not)
+
+
+@lru_cache(maxsize=4096)
+def _plan(p: Problem, limit: int | None) -> Plan:
+    costs = [_price(p, name, limit) for name in STRATEGIES]
+    return Plan(
+        p, sorted(costs, key=lambda c: (c.why_not is not None, not STRATEGIES[c.strategy].automatic, c.seconds))
+    )
+
+
+def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
+    if strategy != "auto":
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
+        best = _price(p, strategy, limit)
+    elif not torch.compiler.is_compiling():
+        best = _plan(p, limit)[0]
+    else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
+        if torch.compiler.is_exporting():
+            p = replace(p, b=8)  # an exported graph serves any batch: its choice may not depend on this one
+        best = _price(p, "lambdas", limit)
+        for name in STRATEGIES:
+            cost = _price(p, name, limit)
+            better = best.why_not is not None or cost.seconds < best.seconds
+            if cost.why_not is None and better and STRATEGIES[name].automatic:
+                best = cost
+    if best.why_not is not None:
+        what = "no strategy" if strategy == "auto" else f"strategy {strategy!r}"
+        raise ValueError(f"{what} can run this problem: {best.why_not}\n{_plan(p, limit)}")
+    return best
