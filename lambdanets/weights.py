@@ -89,39 +89,6 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> int:
     return len(layers)
 
 
-def create_public(
-    name: str,
-    *,
-    pretrained: bool = False,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-) -> nn.Module:
-    """Build timm's model of that name, with timm's published weights if asked, and `accelerate` it.
-
-    name             one of PUBLIC, with timm's tag or without: "lambda_resnet26t", "lambda_resnet50ts.a1h_in1k"
-    pretrained       True downloads the weights by timm (a cache, then the network)
-    num_classes      another count than 1000 starts a new classifier; 0 gives features
-    drop_rate        dropout before the classifier
-    drop_path_rate   stochastic depth
-
-    The preprocessing that the weights were trained with is in `model.pretrained_cfg`: 256 px, crop 0.94 or 0.95.
-
-    >>> model = create_public("lambda_resnet26t")
-    >>> sum(p.numel() for p in model.parameters())
-    10958272
-    """
-    if name.split(".")[0] not in PUBLIC:
-        raise ValueError(f"no public lambda model is called {name!r}: timm has weights for {', '.join(PUBLIC)}")
-    model: nn.Module = timm.create_model(
-        name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )  # fmt: skip
-    accelerate(model)
-    return model
-
-
 def create_model(
     name: str,
     *,
@@ -133,12 +100,14 @@ def create_model(
     share_tables: bool = False,
     lambda_args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a LambdaResNet of ours by name (`resnet.create_model`), or a public model (`create_public`).
+    """Build a LambdaResNet of ours by name (`resnet.create_model`), or a public model of timm's, `accelerate`d.
 
-    name             one of `list_models()`, or of PUBLIC
-    pretrained       timm's published weights; only the names in PUBLIC have any
-    num_classes, in_channels, drop_rate, drop_path_rate   as in both
-    share_tables, lambda_args                             as in `resnet.create_model`; ours only
+    name             one of `list_models()`, or of PUBLIC with timm's tag or without: "lambda_resnet50ts.a1h_in1k"
+    pretrained       timm's published weights, downloaded by timm; only the names in PUBLIC have any. What they expect
+                     of an image is in `model.pretrained_cfg`: 256 px, crop 0.94 or 0.95
+    num_classes      another count than the weights' starts a new classifier; 0 gives features
+    in_channels, drop_rate, drop_path_rate   as in timm
+    share_tables, lambda_args                as in `resnet.create_model`; ours only
 
     >>> sum(p.numel() for p in create_model("resnet50_llll").parameters())
     14995592
@@ -151,10 +120,12 @@ def create_model(
                 f"{name!r} is timm's model, of fixed layers, and got share_tables={share_tables}, "
                 f"lambda_args={lambda_args}: leave them out, or take one of lambdanets.list_models()"
             )
-        return create_public(
-            name, pretrained=pretrained, num_classes=num_classes, in_channels=in_channels, drop_rate=drop_rate,
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
         )  # fmt: skip
+        accelerate(model)
+        return model
     if pretrained:
         raise ValueError(
             f"pretrained=True, and nobody has published weights of {name!r}; of {', '.join(PUBLIC)} timm has"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 from lambdanets import LambdaLayer, LambdaResNet
-from lambdanets.weights import PUBLIC, AcceleratedLambdaLayer, accelerate, create_model, create_public, from_d_li14
+from lambdanets.weights import PUBLIC, AcceleratedLambdaLayer, accelerate, create_model, from_d_li14
 
 PARAMETERS = {
     "lambda_resnet26t": 10_958_272, "lambda_resnet26rpt_256": 10_988_688, "lambda_resnet50ts": 21_536_832,
@@ -344,24 +344,24 @@ def test_channels_out_may_differ_from_channels_in_where_timms_forward_crashes() 
     torch.testing.assert_close(layer(x), same(x), rtol=1e-10, atol=1e-10)
 
 
-# --- create_public --------------------------------------------------------------------------------------------------
+# --- create_model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_create_public_builds_timms_model_with_its_parameter_count(name: str) -> None:
+def test_create_model_builds_timms_model_with_its_parameter_count(name: str) -> None:
     with torch.device("meta"):
-        model = create_public(name)
+        model = create_model(name)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert [type(m) for m in lambda_layers(model)] == [AcceleratedLambdaLayer] * LAYERS[name]
 
 
-def test_create_public_passes_every_argument_to_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = create_public("lambda_resnet26t.c1_in1k", num_classes=7, in_channels=1, drop_rate=0.25, drop_path_rate=0.1)
+def test_create_model_passes_every_argument_to_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model("lambda_resnet26t.c1_in1k", num_classes=7, in_channels=1, drop_rate=0.25, drop_path_rate=0.1)
     assert model.get_classifier().weight.shape == (7, 2048)
     assert model.stem.conv1.conv.weight.shape[1] == 1
     assert model.head.drop.p == 0.25
     assert any(type(m).__name__ == "DropPath" for m in model.modules())
-    assert not any(type(m).__name__ == "DropPath" for m in create_public("lambda_resnet26t").modules())
+    assert not any(type(m).__name__ == "DropPath" for m in create_model("lambda_resnet26t").modules())
     asked = {}
 
     def instead(name: str, **arguments: object) -> nn.Module:
@@ -372,11 +372,6 @@ def test_create_public_passes_every_argument_to_timm(monkeypatch: pytest.MonkeyP
     create_model("lambda_resnet50ts", pretrained=True)
     assert asked["name"] == "lambda_resnet50ts"
     assert asked["pretrained"] is True
-
-
-def test_another_name_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'lambda_resnet99': timm has weights for lambda_resnet26t, .*50ts_256"):
-        create_public("lambda_resnet99")
 
 
 def test_create_model_builds_both_kinds_and_refuses_what_one_of_them_has_not() -> None:
