@@ -311,7 +311,9 @@ if not INTERPRETED:
             torch.set_float32_matmul_precision("highest")
         assert len(compiled) == 6
         for name, (kernel, usage) in compiled.items():
-            assert int(usage["STACK"]) == int(usage["LOCAL"]) == 0, (name, usage)
+            # Without tensor cores ptxas may spill a few registers to fit one more program on a multiprocessor.
+            assert int(usage["STACK"]) <= (32 if dtype == torch.float32 else 0), (name, usage)
+            assert int(usage["LOCAL"]) == 0, (name, usage)
             assert int(usage["REG"]) <= 255
             assert kernel.metadata.shared <= 227 * 1024, name
             if dtype in LOW and name.split("_")[0] in ("lambda", "values", "table"):

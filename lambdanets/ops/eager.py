@@ -58,8 +58,9 @@ def conv(p: Position, block: int) -> Tensor:
 def content_lambda(keys: Tensor, values: Tensor, key_norm: str, visible: Tensor | None) -> Tensor:
     """λc = K̄ᵀV (b, k, v): one an example, shared by all its queries.
 
-    `visible` (b, 1, m) or None hides contexts from every query.
+    `visible` (b, 1, m) or None hides contexts from every query. float16 sums in float32, where all of it fits.
     """
+    values = values.float() if values.dtype == torch.float16 else values
     keys_bar = _normalise(keys, None if visible is None else visible.transpose(1, 2)[..., None], key_norm, 1)
     return torch.einsum("bmku,bmvu->bkv", keys_bar.to(values.dtype), values)
 
