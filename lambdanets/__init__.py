@@ -29,6 +29,7 @@ _HOME = {
     "model_cost": "cost",
     "accelerate": "weights",
     "from_d_li14": "weights",
+    "fuse": "inference",
 }
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "accelerate",
     "create_model",
     "from_d_li14",
+    "fuse",
     "lambda_op",
     "list_models",
     "model_cost",
@@ -49,6 +51,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .cost import model_cost
+    from .inference import fuse
     from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d, resize_table
     from .ops import Problem, lambda_op, plan
     from .resnet import LambdaResNet, list_models

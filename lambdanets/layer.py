@@ -36,6 +36,84 @@ def resize_table(table: Tensor, size: Sequence[int]) -> Tensor:
     return out[0].movedim(0, -1).reshape(*sides, *table.shape[d:]).to(table.dtype)
 
 
+def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """A projection (channels out, ...) and the batch norm after it, in evaluation, as one: weight and bias.
+
+    norm   a batch norm with running statistics, or None or nn.Identity, which change nothing
+    """
+    if norm is None or isinstance(norm, nn.Identity):
+        return weight, bias
+    wide = torch.promote_types(weight.dtype, torch.float32)  # rounded once
+    mean, var, gain, offset = (
+        getattr(norm, name).to(wide) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale = (var + norm.eps).rsqrt() * gain
+    shift = offset - mean * scale
+    if bias is not None:
+        shift = shift + bias * scale
+    return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), shift.to(weight.dtype)
+
+
+def project(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: Sequence[nn.Module | None]
+) -> Sequence[Tensor]:
+    """Several 1x1 projections of one map as one product, each with the batch norm after it.
+
+    x        (b, dim, *map)
+    weights  (channels out, dim) each; biases (channels out,) or None; norms in training mode run, others are folded
+             into the product
+    returns  (b, positions, channels out) each
+    """
+    training = any(norm is not None and norm.training for norm in norms)
+    if not training:
+        folded = [fold(*part) for part in zip(weights, biases, norms, strict=True)]
+        weights, biases = [w for w, _ in folded], [b for _, b in folded]
+    weight, bias = torch.cat(list(weights)), None
+    if any(b is not None for b in biases):
+        bias = torch.cat([weight.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    parts: Sequence[Tensor] = product(x, weight, bias).split([len(w) for w in weights], 1)
+    if training:  # contiguous: batch norm takes up to three times as long on a slice
+        maps = [y.unflatten(2, x.shape[2:]).contiguous() for y in parts]
+        parts = [(y if norm is None else norm(y)).flatten(2) for y, norm in zip(maps, norms, strict=True)]
+    return [y.mT for y in parts]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 projection of a map (b, dim, *map) by weights (channels out, dim): (b, channels out, positions)."""
+    if torch.is_grad_enabled() or not x.is_contiguous():
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return convolve(x, weight[(...,) + (None,) * (x.dim() - 2)], bias).flatten(2)
+    # Without gradients the map is read where it lies: a convolution copies it to its own layout and back.
+    every = weight.expand(x.shape[0], -1, -1)
+    return torch.bmm(every, x.flatten(2)) if bias is None else torch.baddbmm(bias[:, None], every, x.flatten(2))
+
+
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x, so that a map leaves a layer as it came: contiguous or channels_last."""
+    if x.is_contiguous():
+        return y.contiguous()
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return y.contiguous(memory_format=last) if last is not None and x.is_contiguous(memory_format=last) else y
+
+
+def heard(module: nn.Module) -> bool:
+    """Whether somebody listens to a module's calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def plain(module: nn.Module | None) -> bool:
+    """Whether a part of a layer is what we put there, so that its weights may be read instead of its being called."""
+    if module is None or type(module) is nn.Identity:
+        return True
+    if heard(module):
+        return False
+    if isinstance(module, _CONV):
+        return type(module) in _CONV and module.weight[0, 0].numel() == module.groups == max(module.stride) == 1
+    return type(module) in _BATCH_NORM and module.running_var is not None and module.weight is not None
+
+
 class StrictLoading(nn.Module):
     """A module whose `load_state_dict` says in a few lines what does not fit, and what to do."""
 
@@ -98,7 +176,7 @@ class LambdaLayer(StrictLoading):
     causal          position n sees m <= n; sequences only
     context_dim     channels of a separate context, when `forward` gets one
     table           another layer's `table`, shared (paper, Table 4)
-    strategy        "auto", or a name of `lambdanets.ops.STRATEGIES`
+    strategy        "auto", "tuned" or a name of `lambdanets.ops.STRATEGIES`, as in `lambda_op`
 
     The parameter `table` is (r_1, ..., r_d, k, u) ~ N(0, 1); W_K, W_V have std dim^-1/2, W_Q (k·dim)^-1/2.
 
@@ -153,8 +231,8 @@ class LambdaLayer(StrictLoading):
             raise ValueError("content and position are both False: nothing would be left")
         if key_norm not in KEY_NORMS:
             raise ValueError(f"key_norm must be one of {', '.join(KEY_NORMS)} and is {key_norm!r}")
-        if strategy != "auto" and strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be auto or one of {', '.join(STRATEGIES)} and is {strategy!r}")
+        if strategy not in ("auto", "tuned", *STRATEGIES):
+            raise ValueError(f"strategy must be auto, tuned or one of {', '.join(STRATEGIES)} and is {strategy!r}")
         if causal and self.ndim != 1:
             raise ValueError("causal order needs a sequence: use LambdaLayer1d")
         if causal and stride > 1:
@@ -165,7 +243,7 @@ class LambdaLayer(StrictLoading):
         self.stride, self.pool_size, self.pool_count_padding = stride, pool_size, pool_count_padding
         self.content, self.key_norm, self.query_softmax = content, key_norm, query_softmax
         self.causal, self.strategy = causal, strategy
-        self.scope, self.size = self._positions(scope, size) if position else (None, None)
+        self.scope, self.size = self._sides(scope, size) if position else (None, None)
 
         conv, norm = _CONV[self.ndim - 1], _BATCH_NORM[self.ndim - 1]
         self.to_q = conv(dim, heads * key_depth, 1, bias=False)
@@ -187,7 +265,7 @@ class LambdaLayer(StrictLoading):
             raise ValueError("position_bias=True was given with position=False")
         self.reset_parameters(table=table is None)
 
-    def _positions(
+    def _sides(
         self, scope: int | Sequence[int] | None, size: int | Sequence[int] | None
     ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         if (scope is None) == (size is None):
@@ -253,24 +331,45 @@ class LambdaLayer(StrictLoading):
         context_grid = tuple(context.shape[2:])
         n, m = math.prod(grid), math.prod(context_grid)
         h, k, u, v = self.heads, self.key_depth, self.intra_depth, self.value_depth
-        q = self.norm_q(self.to_q(x)).reshape(b, h, k, n).permute(0, 3, 1, 2)
+        q, keys, values = self._project(x, context)
+        q = q.reshape(b, n, h, k)
         if self.query_softmax:
             q = q.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        keys = None if self.to_k is None else self.to_k(context).reshape(b, k, u, m).permute(0, 3, 1, 2)
-        values = self.norm_v(self.to_v(context)).reshape(b, v, u, m).permute(0, 3, 1, 2)
+        keys = None if keys is None else keys.reshape(b, m, k, u)
+        values = values.reshape(b, m, v, u)
         if padding is not None:
             hidden = padding.reshape(b, 1, m)
             mask = hidden if mask is None else mask & hidden
         y = lambda_op(
-            q, keys, values, table=self.table, grid=grid, context_grid=context_grid, mask=mask, causal=self.causal,
-            key_norm=self.key_norm, strategy=self.strategy,
+            q, keys, values, grid=grid, context_grid=context_grid, mask=mask, causal=self.causal,
+            key_norm=self.key_norm, strategy=self.strategy, **self._positions(x, context),
         )  # fmt: skip
         if self.position_bias is not None:
             y = y + (q * self.position_bias.to(q.dtype)).sum(-1, keepdim=True)
         y = y.permute(0, 2, 3, 1).reshape(b, self.dim_out, *grid)
+        y = like(y, x)
         if self.stride == 1:
             return y
         return self._pool(y, padding if context_grid == grid else None)
+
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Queries, keys and values, each (b, positions, channels), normalised.
+
+        One product instead of three where nobody has replaced or hooked a part.
+        """
+        convs, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, None, self.norm_v)
+        if context is not x or not all(plain(part) for part in (*convs, *norms)):
+            keys = None if self.to_k is None else self.to_k(context).flatten(2).mT
+            return self.norm_q(self.to_q(x)).flatten(2).mT, keys, self.norm_v(self.to_v(context)).flatten(2).mT
+        used = [(conv, norm) for conv, norm in zip(convs, norms, strict=True) if conv is not None]
+        q, *keys, values = project(
+            x, [conv.weight.flatten(1) for conv, _ in used], [conv.bias for conv, _ in used], [norm for _, norm in used]
+        )
+        return q, keys[0] if keys else None, values
+
+    def _positions(self, x: Tensor, context: Tensor) -> dict[str, Any]:
+        """The position argument of `lambda_op`."""
+        return {"table": self.table}
 
     def _pool(self, y: Tensor, padding: Tensor | None) -> Tensor:
         pool = _AVG_POOL[self.ndim - 1]

@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from . import resnet
-from .layer import mismatch
+from .layer import like, mismatch, plain, project
 from .ops import lambda_op
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
@@ -30,14 +30,23 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
     def forward(self, x: Tensor) -> Tensor:
         b, _, height, width = x.shape
         h, k, v, n = self.num_heads, self.dim_qk, self.dim_v, height * width
-        q, keys, values = self.qkv(x).split([h * k, k, v], dim=1)
-        q = self.norm_q(q).reshape(b, h, k, n).permute(0, 3, 1, 2)
-        keys = keys.reshape(b, k, 1, n).permute(0, 3, 1, 2)
-        values = self.norm_v(values).reshape(b, v, 1, n).permute(0, 3, 1, 2)
-        y = lambda_op(q, keys, values, table=self._table(height, width), grid=(height, width))
+        norms = (self.norm_q, None, self.norm_v)
+        if all(plain(part) for part in (self.qkv, *norms)):
+            counts = [h * k, k, v]
+            biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.split(counts)
+            q, keys, values = project(x, self.qkv.weight.flatten(1).split(counts), biases, norms)
+        else:
+            q, keys, values = self.qkv(x).split([h * k, k, v], dim=1)
+            q, keys, values = (y.flatten(2).mT for y in (self.norm_q(q), keys, self.norm_v(values)))
+        q = q.reshape(b, n, h, k)
+        y = lambda_op(
+            q, keys.reshape(b, n, k, 1), values.reshape(b, n, v, 1), table=self._table(height, width),
+            grid=(height, width),
+        )  # fmt: skip
         if self.conv_lambda is not None and self.conv_lambda.bias is not None:
             y = y + (q * self.conv_lambda.bias.to(q.dtype)).sum(-1, keepdim=True)
-        return self.pool(y.permute(0, 2, 3, 1).reshape(b, h * v, height, width))
+        y = y.permute(0, 2, 3, 1).reshape(b, h * v, height, width)
+        return self.pool(like(y, x))
 
     def _table(self, height: int, width: int) -> Tensor:
         """timm's positions as a relative table (r_y, r_x, k, 1), a view: both are indexed by context - query."""

@@ -1,5 +1,6 @@
 """The layer: equal to timm's with mapped weights, to itself in other guises; every argument does something."""
 
+import copy
 import math
 
 import pytest
@@ -380,7 +381,7 @@ def test_a_causal_sequence_never_sees_the_future_also_through_gradients() -> Non
         ({"scope": None, "size": (7, 7, 7)}, r"size must be .* 2 of them and is \(7, 7, 7\)"),
         ({"content": False, "position": False}, "nothing would be left"),
         ({"key_norm": "tanh"}, "key_norm must be one of softmax, l2, none and is 'tanh'"),
-        ({"strategy": "turbo"}, "strategy must be auto or one of .* 'turbo'"),
+        ({"strategy": "turbo"}, "strategy must be auto, tuned or one of .* 'turbo'"),
         ({"causal": True}, "LambdaLayer1d"),
         ({"position": False, "position_bias": True}, "position_bias=True was given with position=False"),
         ({"table": nn.Parameter(torch.zeros(7, 7, 16, 1))}, r"shared table is \(7, 7, 16, 1\) and .*\(23, 23, 16, 1\)"),
@@ -390,6 +391,54 @@ def test_a_causal_sequence_never_sees_the_future_also_through_gradients() -> Non
 def test_bad_arguments_are_refused_at_construction_and_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LambdaLayer(**{"dim": 16, **arguments})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_product_equals_three_projections_and_their_norms(training: bool, grad: bool, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    layer = LambdaLayer(12, 8, heads=2, key_depth=3, intra_depth=2, scope=3).double().train(training)
+    for norm in (layer.norm_q, layer.norm_v):
+        for t in (norm.weight, norm.running_var):
+            nn.init.uniform_(t, 0.5, 1.5)
+        for t in (norm.bias, norm.running_mean):
+            nn.init.normal_(t)
+    other = copy.deepcopy(layer)
+    called = []
+    for part in (other.to_q, other.to_k, other.to_v, other.norm_q, other.norm_v):
+        part.register_forward_hook(lambda *_: called.append(1))  # heard, and so called one by one
+    x = torch.randn(2, 12, 4, 5, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    a, b = x.clone().requires_grad_(grad), x.clone().requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        ours, theirs = layer(a), other(b)
+    assert len(called) == 5
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if grad:
+        ours.square().sum().backward()
+        theirs.square().sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+        for (name, p), q in zip(layer.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)
+    for name, t in layer.named_buffers():
+        torch.testing.assert_close(t, other.get_buffer(name), msg=name)
+
+
+def test_a_projection_that_somebody_replaced_is_called() -> None:
+    """Adapters, quantisation and wrappers replace `to_v`; a 3x3 convolution there has the class but not the meaning."""
+    torch.manual_seed(0)
+    layer = LambdaLayer(8, scope=3).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        before = layer(x)
+        layer.to_v = nn.Sequential(layer.to_v, nn.Tanh())
+        assert not torch.allclose(layer(x), before)
+        layer.to_v = nn.Conv2d(8, 2, 3, padding=1, bias=False)
+        wide = layer(x)
+        layer.to_v.weight[..., 0, 0] += 1  # a corner of the kernel, which a 1x1 reading would not see
+        assert not torch.allclose(layer(x), wide)
 
 
 def test_bad_tensors_are_refused_with_both_shapes() -> None:

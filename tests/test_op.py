@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lambdanets.ops import STRATEGIES, Problem, lambda_op, lambda_reference, plan, relative_embeddings
+from lambdanets.ops import STRATEGIES, Problem, lambda_op, lambda_reference, plan, relative_embeddings, tune
 from lambdanets.ops.lambda_op import KEY_NORMS
 
 HERE = [name for name in STRATEGIES if name != "fused"]  # test_fused.py has that one, in Triton's interpreter
@@ -373,8 +373,87 @@ def test_the_plan_predicts_multiply_adds_exactly_and_the_largest_intermediate(ca
     cost = next(c for c in plan(problem) if c.strategy == strategy)
     with FlopCounterMode(display=False) as flops, Largest() as seen:
         case.run(t, None, strategy)
-    assert flops.get_total_flops() == 2 * cost.macs
+    applied = case.b * n * case.h * case.k * case.v if strategy == "conv" else 0  # q·λ by addcmul, which nobody counts
+    assert flops.get_total_flops() == 2 * (cost.macs - applied)
     assert 0.5 * seen.bytes <= cost.largest_bytes <= seen.bytes * 1.01
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((21, 23), (5, 7), b=1, h=2, k=3, v=2, u=2),  # the library's weight gradient
+        Case((22, 21), (13, 15), b=1, h=1, k=2, v=3),  # dλ as a kernel
+        Case((33, 34), (15, 13), b=1, h=1, k=2, v=1, u=2),  # V shifted 16 ways
+        Case((20, 20), (61, 3), b=1, h=1, k=2, v=1),  # a table that is cut to the map
+    ],
+)
+def test_on_large_maps_conv_has_gradients_of_its_own_and_they_are_exact(case: Case) -> None:
+    torch.manual_seed(0)
+    t = case.tensors()
+    y, ours, grad = forward_and_gradients(lambda t: case.run(t, None, "conv"), t)
+    want, theirs, _ = forward_and_gradients(lambda t: case.run(t, None, "scores"), t, grad)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    for name, b in theirs.items():
+        torch.testing.assert_close(ours[name], b, rtol=1e-10, atol=1e-10 * b.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("context", [None, (300,)])
+def test_a_block_works_on_the_contexts_that_its_window_reaches(context: tuple[int, ...] | None) -> None:
+    """A window of 9 on 400 positions: a block of 40 queries reaches 48 contexts, not 400."""
+    case = Case((400,), (9,), context=context, b=1, h=2, k=3, v=4, keys=False)
+    t = case.tensors()
+    with FlopCounterMode(display=False) as narrow:
+        ours = case.run(t, None, "scores_chunked", limit=40 * 2 * 400 * 8)
+    with FlopCounterMode(display=False) as wide:
+        all_at_once = case.run(t, None, "scores")
+    torch.testing.assert_close(ours, all_at_once, rtol=1e-10, atol=1e-10)
+    assert narrow.get_total_flops() < wide.get_total_flops() / 5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tuned_measures_once_remembers_and_runs_what_was_fastest(training: bool, monkeypatch) -> None:
+    case = Case((6, 5), (3, 3))
+    t = case.tensors(torch.float32)
+    t["q"].requires_grad_(training)
+    pretended = {"lambdas": 3.0, "scores": 2.0, "conv": 1.0, "lambdas_chunked": 4.0, "scores_chunked": 5.0}
+    measured, ran = [], []
+
+    def seconds(position, strategy, block, problem) -> float:
+        assert problem.training is training
+        measured.append(strategy)
+        return pretended[strategy]
+
+    monkeypatch.setattr(tune, "TUNED", {})
+    monkeypatch.setattr(tune, "_HOPELESS", 1e9)
+    monkeypatch.setattr(tune, "_seconds", seconds)
+    row = STRATEGIES["conv"]
+    monkeypatch.setitem(STRATEGIES, "conv", replace(row, run=lambda p, block: ran.append("conv") or row.run(p, block)))
+    state = torch.get_rng_state()
+    first, second = (case.run(t, None, "tuned") for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert ran == ["conv", "conv"]
+    assert set(measured) == set(HERE)
+    assert len(measured) == len(HERE) * 4  # none in the second call
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, case.reference(t, None), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["window", "1-D", "embeddings", "mask by example", "causal", "content only", "u = 3"])
+def test_tuned_takes_every_kind_of_problem_and_times_real_runs(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(tune, "TUNED", {})
+    case = CASES[name]
+    t, mask = case.tensors(), case.mask_tensor()
+    torch.testing.assert_close(case.run(t, mask, "tuned"), case.reference(t, mask), rtol=1e-10, atol=1e-10)
+    with torch.inference_mode():
+        case.run(t, mask, "tuned")
+    assert set(tune.TUNED.values()) <= set(HERE)
+    assert len(tune.TUNED) == 1
+
+
+def test_tuned_says_why_nothing_can_run() -> None:
+    case = Case((6, 5), (3, 3))
+    with pytest.raises(ValueError, match="no strategy can run this problem: its largest intermediate needs"):
+        case.run(case.tensors(), None, "tuned", limit=1)
 
 
 def test_the_plan_allocates_nothing_prints_and_its_first_row_is_what_auto_takes(monkeypatch) -> None:
@@ -488,7 +567,7 @@ def bad(**changes) -> dict:
         (bad(mask=torch.zeros(5, 12, dtype=torch.bool)), r"\(2, 12, 12\) and is \(5, 12\)"),
         (bad(causal=True), "causal order is 1-D"),
         (bad(key_norm="sigmoid"), "key_norm 'sigmoid' is not one of softmax, l2, none"),
-        (bad(strategy="fastest"), "'fastest' is not one of auto, lambdas"),
+        (bad(strategy="fastest"), "'fastest' is not one of auto, tuned, lambdas"),
         (bad(table=torch.zeros(3, 3, 5, 1, dtype=torch.float64)), "table is torch.float64.*q is torch.float32"),
         ({n: x.long() if isinstance(x, Tensor) else x for n, x in bad().items()}, "must be floating point"),
     ],

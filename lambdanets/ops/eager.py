@@ -5,8 +5,8 @@ intra-depth are one axis M = m·u, because they are always summed together.
 
 A relative table is never indexed: padded or cropped to the offsets that the grid has and flipped, its windows *are*
 the rows of E for a context in reversed order (a Hankel matrix), so one strided copy makes a block of E and one
-strided sum brings its gradient back. Both run a block of queries at a time, and nothing of size n·m is kept for the
-backward pass: it makes the block again.
+strided sum brings its gradient back. Both run a block of queries at a time, on the contexts that the block's window
+reaches, and nothing of size n·m is kept for the backward pass: it makes the block again.
 """
 
 import math
@@ -27,7 +27,7 @@ class Position(NamedTuple):
     grid: tuple[int, ...]
     context_grid: tuple[int, ...]
     mask: Tensor | None  # (1 or b, n, m), True where query n sees context m
-    lam_c: Tensor | None = None  # (b, k, v), the content lambda, for a strategy that adds it itself
+    lam_c: Tensor | None = None  # (b, k, v), the content lambda: applied in the same pass, since y is there
 
 
 def lambdas(p: Position, block: int) -> Tensor:
@@ -40,21 +40,6 @@ def scores(p: Position, block: int) -> Tensor:
     return _position(p, "scores", block)
 
 
-def conv(p: Position, block: int) -> Tensor:
-    """λ as a convolution of V with the table as kernel, v folded into the batch (paper, appendix B.1), then y = q·λ."""
-    assert p.table is not None
-    b, m, v, u = p.values.shape
-    d, k = len(p.grid), p.q.shape[3]
-    kernel = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
-    # Offsets that no pair of positions has would only multiply padding.
-    cut = [max(0, (r - 1) // 2 - (s - 1)) for r, s in zip(kernel.shape[2:], p.grid, strict=True)]
-    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)])
-    image = p.values.permute(0, 2, 3, 1).reshape(b * v, u, *p.grid)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
-    lam = convolve(image, kernel, padding=[(r - 1) // 2 for r in kernel.shape[2:]])  # (b·v, k, H, W)
-    return torch.einsum("bnhk,bvkn->bnhv", p.q, lam.reshape(b, v, k, m))
-
-
 def content_lambda(keys: Tensor, values: Tensor, key_norm: str, visible: Tensor | None) -> Tensor:
     """λc = K̄ᵀV (b, k, v): one an example, shared by all its queries.
 
@@ -62,7 +47,9 @@ def content_lambda(keys: Tensor, values: Tensor, key_norm: str, visible: Tensor 
     """
     values = values.float() if values.dtype == torch.float16 else values
     keys_bar = _normalise(keys, None if visible is None else visible.transpose(1, 2)[..., None], key_norm, 1)
-    return torch.einsum("bmku,bmvu->bkv", keys_bar.to(values.dtype), values)
+    b, m, k, u = keys_bar.shape
+    keys_bar = keys_bar.to(values.dtype).permute(0, 2, 1, 3).reshape(b, k, m * u)
+    return torch.bmm(keys_bar, values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2]))
 
 
 def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask: Tensor, block: int) -> Tensor:
@@ -72,8 +59,8 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
     """
     b, m, _, u = keys.shape
     folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
-    spec = _Spec("keys", "scores", _blocks((q.shape[1],), block), (), (), key_norm)
-    return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), spec)
+    spec = _Spec("keys", "scores", _blocks((q.shape[1],), block), (), (), (), key_norm)
+    return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), None, spec)
 
 
 def content_causal(q: Tensor, keys: Tensor, values: Tensor, key_norm: str) -> Tensor:
@@ -133,18 +120,22 @@ def _normalise(keys: Tensor, visible: Tensor | None, key_norm: str, axis: int) -
 # --- blocks of queries ------------------------------------------------------------------------------------------
 
 
+Box = tuple[tuple[int, int], ...]  # (start, stop) an axis
+
+
 class _Spec(NamedTuple):
     """Everything about a contraction that is not a tensor."""
 
     source: str  # where the weights come from: "table", "embeddings" or "keys"
     order: str  # "lambdas" or "scores"
-    blocks: list[tuple[tuple[int, int], ...]]  # boxes (start, stop) an axis of the query grid, in row-major order
+    blocks: list[Box]  # of the query grid, in row-major order
     grid: tuple[int, ...]
     context_grid: tuple[int, ...]
+    reach: tuple[int, ...]  # offsets on either side that the table holds, an axis
     key_norm: str
 
 
-def _blocks(grid: tuple[int, ...], queries: int) -> list[tuple[tuple[int, int], ...]]:
+def _blocks(grid: tuple[int, ...], queries: int) -> list[Box]:
     """Cut a grid into boxes of at most `queries` points that are contiguous in row-major order."""
     if math.prod(grid) <= queries:
         return [tuple((0, s) for s in grid)]
@@ -164,7 +155,7 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         assert p.embeddings is not None
         weights = p.embeddings
         values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
-        spec = _Spec("embeddings", order, _blocks((p.q.shape[1],), block), (), (), "")
+        spec = _Spec("embeddings", order, _blocks((p.q.shape[1],), block), (), (), (), "")
     else:
         d = len(p.grid)
         weights = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
@@ -176,25 +167,48 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         weights = F.pad(weights.flip(tuple(range(2, d + 2))), _last_axis_first(pads))
         values = p.values.flip(1).permute(0, 3, 1, 2).reshape(b, u * m, v)  # M = (u, reversed m)
         mask = None if mask is None else mask.flip(2)
-        spec = _Spec("table", order, _blocks(p.grid, block), p.grid, p.context_grid, "")
-    return _Contract.apply(p.q, values, weights, mask, spec)
+        reach = tuple((r - 1) // 2 for r in p.table.shape[:d])
+        spec = _Spec("table", order, _blocks(p.grid, block), p.grid, p.context_grid, reach, "")
+    # Without gradients the function alone: binding its arguments takes as long as a small map's products.
+    contract = _Contract.apply if torch.is_grad_enabled() else _Contract.forward
+    return contract(p.q, values, weights, mask, p.lam_c, spec)
 
 
 def _last_axis_first(pairs: list[int]) -> list[int]:
     return [x for i in range(len(pairs) - 2, -1, -2) for x in pairs[i : i + 2]]
 
 
-def _weights(spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mask: Tensor | None) -> Tensor:
+def _seen(spec: _Spec, box: Box) -> Box:
+    """The contexts that a box of queries reaches in a table, a (start, stop) an axis, counted in reversed order."""
+    if spec.source != "table":
+        return ()
+    return tuple(
+        (min(size, max(0, size - stop - reach)), max(0, min(size, size - start + reach)))
+        for (start, stop), size, reach in zip(box, spec.context_grid, spec.reach, strict=True)
+    )
+
+
+def _cut(x: Tensor, spec: _Spec, seen: Box, axis: int) -> Tensor:
+    """The part of an axis M = (u, reversed context) that a box of queries reaches."""
+    if spec.source != "table" or all(part == (0, size) for part, size in zip(seen, spec.context_grid, strict=True)):
+        return x
+    x = x.unflatten(axis, (-1, *spec.context_grid))
+    for at, (start, stop) in enumerate(seen, start=axis + 1):
+        x = x.narrow(at, start, stop - start)
+    return x.flatten(axis, axis + len(seen))
+
+
+def _weights(spec: _Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | None) -> Tensor:
     """One block of E, (block, k, M), or of normalised keys, (b, block, k, M)."""
     if spec.source == "table":
         d = len(box)
-        for axis, (start, stop) in enumerate(box, start=2):
-            size = spec.context_grid[axis - 2]
-            weights = weights.narrow(axis, start, stop - start - 1 + size).unfold(axis, size, 1)
+        for axis, ((start, stop), (first, last)) in enumerate(zip(box, seen, strict=True), start=2):
+            size = last - first
+            weights = weights.narrow(axis, start + first, stop - start - 1 + size).unfold(axis, size, 1)
         k, u = weights.shape[:2]
         # (k, u, block..., context...) -> (block, k, u·m)
         weights = weights.permute(*range(2, d + 2), 0, 1, *range(d + 2, 2 * d + 2))
-        return weights.reshape(math.prod([b - a for a, b in box]), k, u * math.prod(spec.context_grid))
+        return weights.reshape(math.prod([b - a for a, b in box]), k, u * math.prod([b - a for a, b in seen]))
     ((start, stop),) = box
     if spec.source == "embeddings":
         return weights[start:stop].permute(0, 2, 1, 3).flatten(2)
@@ -205,12 +219,12 @@ def _weights(spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mas
 
 
 def _weights_grad(
-    spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], mask: Tensor | None, bar: Tensor, grad: Tensor
+    spec: _Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | None, bar: Tensor, grad: Tensor
 ) -> Tensor:
     """The adjoint of `_weights`: one block's gradient, in the shape of what the block was cut from."""
     if spec.source == "table":
         d = len(box)
-        grad = grad.view(*[b - a for a, b in box], *weights.shape[:2], *spec.context_grid)
+        grad = grad.view(*[b - a for a, b in box], *weights.shape[:2], *[b - a for a, b in seen])
         for left in range(d, 0, -1):  # (block axes left, k, u, context axes left, axes done)
             grad = _sum_diagonals(grad.movedim((0, left + 2), (-2, -1)))
         return grad
@@ -225,14 +239,14 @@ def _weights_grad(
     if spec.key_norm == "softmax":
         grad = bar * (grad - (grad * bar).sum(3, keepdim=True))
     else:
-        seen = mask[:, start:stop, None, :, None]
+        shown = mask[:, start:stop, None, :, None]
         if spec.key_norm == "l2":
-            squares = (weights.to(grad.dtype).square().permute(0, 2, 1, 3)[:, None] * seen).sum(3, keepdim=True)
+            squares = (weights.to(grad.dtype).square().permute(0, 2, 1, 3)[:, None] * shown).sum(3, keepdim=True)
             scale = squares.clamp_min(1e-24).rsqrt()
             # Below the clamp the divisor is a constant.
             shared = torch.where(squares > 1e-24, (grad * bar).sum(3, keepdim=True), 0)
             grad = (grad - bar * shared) * scale
-        grad = grad * seen
+        grad = grad * shown
     return grad.sum(1).permute(0, 2, 1, 3)
 
 
@@ -262,18 +276,20 @@ def _to_scores(q: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     return s if mask is None else s * mask
 
 
-def _block_mask(spec: _Spec, mask: Tensor | None, lo: int, hi: int, M: int, dtype: torch.dtype) -> Tensor | None:
+def _block_mask(
+    spec: _Spec, mask: Tensor | None, lo: int, hi: int, seen: Box, M: int, dtype: torch.dtype
+) -> Tensor | None:
     """The block's rows of the mask, spread over u: (1 or b, block, 1, M)."""
     if mask is None or spec.source == "keys":  # there the normalisation has applied it already
         return None
-    part = mask[:, lo:hi, None]
-    u = M // mask.shape[2]
+    part = _cut(mask[:, lo:hi, None], spec, seen, 3)
+    u = M // part.shape[3]
     part = part.repeat(1, 1, 1, u) if spec.source == "table" else part.repeat_interleave(u, 3)
     return part.to(dtype)
 
 
 class _Contract(torch.autograd.Function):
-    """y[b,n,h,v] = Σ_k q[b,n,h,k] Σ_M W[n,M,k] V[b,M,v], a block of queries at a time, forward and backward.
+    """y[b,n,h,v] = Σ_k q[b,n,h,k] (λc[b,k,v] + Σ_M W[n,M,k] V[b,M,v]), a block of queries at a time.
 
     Saves its inputs and nothing else.
     """
@@ -281,51 +297,61 @@ class _Contract(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, spec: _Spec) -> Tensor:
+    def forward(
+        q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, spec: _Spec
+    ) -> Tensor:
         b, _, h, _ = q.shape
-        M, v = values.shape[1:]
+        v = values.shape[2]
         outputs, lo = [], 0
         for box in spec.blocks:
             hi = lo + math.prod([stop - start for start, stop in box])
-            part = q[:, lo:hi]
-            W = _weights(spec, weights, box, mask)
-            seen = _block_mask(spec, mask, lo, hi, M, q.dtype)
+            seen = _seen(spec, box)
+            part, V = q[:, lo:hi], _cut(values, spec, seen, 1)
+            M = V.shape[1]
+            W = _weights(spec, weights, box, seen, mask)
+            shown = _block_mask(spec, mask, lo, hi, seen, M, q.dtype)
             if spec.order == "scores":
-                s = _to_scores(part, W, seen).reshape(b, (hi - lo) * h, M)
-                y = torch.bmm(s, values).view(b, hi - lo, h, v)
+                y = torch.bmm(*_with_content(_to_scores(part, W, shown), V, part, lam_c)).view(b, hi - lo, h, v)
             else:
-                W = W if seen is None else W * seen[0]
-                y = torch.einsum("bnhk,nkbv->bnhv", part, _lambdas(W, values))
+                W = W if shown is None else W * shown[0]
+                y = torch.einsum("bnhk,nkbv->bnhv", part, _lambdas(W, V))
+                y = y if lam_c is None else y + torch.einsum("bnhk,bkv->bnhv", part, lam_c)
             outputs.append(y)
             lo = hi
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, values, weights, mask, ctx.spec = inputs
-        ctx.save_for_backward(q, values, weights, mask)
+        *tensors, ctx.spec = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, values, weights, mask = ctx.saved_tensors
+        q, values, weights, mask, lam_c = ctx.saved_tensors
         spec: _Spec = ctx.spec
         b, _, h, k = q.shape
-        M, v = values.shape[1:]
+        v = values.shape[2]
         # Gradients that are sums over blocks are summed in float32 or better.
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grads_q, grad_v, grad_w, lo = [], None, None, 0
+        grads_q, grad_v, grad_w, grad_c, lo = [], None, None, None, 0
         for box in spec.blocks:
             hi = lo + math.prod([stop - start for start, stop in box])
             rows = hi - lo
-            part, dy = q[:, lo:hi], grad[:, lo:hi]  # (b, rows, h, k), (b, rows, h, v)
-            W = _weights(spec, weights, box, mask)
-            seen = _block_mask(spec, mask, lo, hi, M, q.dtype)
+            seen = _seen(spec, box)
+            part, dy, V = q[:, lo:hi], grad[:, lo:hi], _cut(values, spec, seen, 1)
+            M = V.shape[1]
+            W = _weights(spec, weights, box, seen, mask)
+            shown = _block_mask(spec, mask, lo, hi, seen, M, q.dtype)
             if spec.order == "scores":
-                s = _to_scores(part, W, seen).reshape(b, rows * h, M)
+                s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
                 flat = dy.reshape(b, rows * h, v)
-                dv = torch.bmm(s.transpose(1, 2), flat)  # (b, M, v)
-                ds = torch.bmm(flat, values.transpose(1, 2)).view(b, rows, h, M)
-                ds = ds if seen is None else ds * seen
+                dboth = torch.bmm(s.transpose(1, 2), flat)  # (b, M or M + k, v)
+                ds = torch.bmm(flat, both.transpose(1, 2)).view(b, rows, h, both.shape[1])
+                dv = dboth[:, :M]
+                if lam_c is not None:
+                    dlam_c, dq_c = dboth[:, M:], ds[..., M:]
+                    ds = ds[..., :M]
+                ds = ds if shown is None else ds * shown
                 if W.dim() == 4:
                     dq = torch.matmul(ds, W.transpose(2, 3))
                     dW = torch.matmul(part.transpose(2, 3), ds)
@@ -334,20 +360,54 @@ class _Contract(torch.autograd.Function):
                     dq = torch.bmm(ds, W.transpose(1, 2)).view(rows, b, h, k).permute(1, 0, 2, 3)
                     dW = torch.bmm(_by_query(part).transpose(1, 2), ds)
             else:
-                W = W if seen is None else W * seen[0]
-                lam = _lambdas(W, values)
+                W = W if shown is None else W * shown[0]
+                lam = _lambdas(W, V)
                 dq = torch.einsum("bnhv,nkbv->bnhk", dy, lam)
                 dlam = torch.einsum("bnhk,bnhv->nkbv", part, dy).reshape(rows * k, b * v)
                 dv = (W.reshape(rows * k, M).t() @ dlam).view(M, b, v).transpose(0, 1)
-                dW = (dlam @ values.transpose(0, 1).reshape(M, b * v).t()).view(rows, k, M)
-                dW = dW if seen is None else dW * seen[0]
+                dW = (dlam @ V.transpose(0, 1).reshape(M, b * v).t()).view(rows, k, M)
+                dW = dW if shown is None else dW * shown[0]
+                if lam_c is not None:
+                    dlam_c, dq_c = content_grad(part, lam_c, dy)
+            if lam_c is not None:
+                dq = dq + dq_c
+                grad_c = dlam_c.to(wide) if grad_c is None else grad_c + dlam_c
             grads_q.append(dq)
-            grad_v = dv.to(wide) if grad_v is None else grad_v + dv
-            grad_w = _gather(spec, weights, box, grad_w, _weights_grad(spec, weights, box, mask, W, dW.to(wide)))
+            if values.shape[1] == M:
+                grad_v = dv.to(wide) if grad_v is None else grad_v + dv
+            else:
+                grad_v = dv.new_zeros(values.shape, dtype=wide) if grad_v is None else grad_v
+                place = grad_v.unflatten(1, (-1, *spec.context_grid))
+                for axis, (start, stop) in enumerate(seen, start=2):
+                    place = place.narrow(axis, start, stop - start)
+                place += dv.view(place.shape)
+            grad_w = _gather(
+                spec, weights, box, seen, grad_w, _weights_grad(spec, weights, box, seen, mask, W, dW.to(wide))
+            )
             lo = hi
         assert grad_v is not None
         assert grad_w is not None
-        return torch.cat(grads_q, 1), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, None
+        grad_c = None if grad_c is None else grad_c.to(values.dtype)
+        return torch.cat(grads_q, 1), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, grad_c, None
+
+
+def _with_content(s: Tensor, V: Tensor, q: Tensor, lam_c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores (b, rows, M) and values (b, M, v) to multiply, rows = block·h.
+
+    The content lambda joins them as k more contexts: Σ_M s·V + Σ_k q·λc is one product of (s, q) with (V, λc).
+    """
+    if lam_c is None:
+        return s.flatten(1, 2), V
+    b, block, h, M = s.shape
+    joined = s.new_empty(b, block, h, M + q.shape[3])  # twice as fast as cat, which copies strided parts one by one
+    joined[..., :M] = s
+    joined[..., M:] = q
+    return joined.flatten(1, 2), torch.cat([V, lam_c], 1)
+
+
+def content_grad(q: Tensor, lam_c: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Of y = q·λc: dλc (b, k, v) = Σ_{n,h} q·dy, and dq = dy·λcᵀ."""
+    return torch.einsum("bnhk,bnhv->bkv", q, grad), torch.einsum("bnhv,bkv->bnhk", grad, lam_c)
 
 
 def _lambdas(weights: Tensor, values: Tensor) -> Tensor:
@@ -357,18 +417,18 @@ def _lambdas(weights: Tensor, values: Tensor) -> Tensor:
     return (weights.reshape(block * k, M) @ values.transpose(0, 1).reshape(M, b * v)).view(block, k, b, v)
 
 
-def _gather(
-    spec: _Spec, weights: Tensor, box: tuple[tuple[int, int], ...], total: Tensor | None, part: Tensor
-) -> Tensor:
+def _gather(spec: _Spec, weights: Tensor, box: Box, seen: Box, total: Tensor | None, part: Tensor) -> Tensor:
     """Add one block's gradient to the total."""
     if spec.source == "keys":
         return part if total is None else total + part
     if part.shape == weights.shape:
-        return part
+        return part if total is None else total + part
     total = part.new_zeros(weights.shape) if total is None else total
     place = total
     for axis, (start, _) in enumerate(box):
-        axis += 2 if spec.source == "table" else 0
-        place = place.narrow(axis, start, part.shape[axis])
+        if spec.source == "table":
+            place = place.narrow(axis + 2, start + seen[axis][0], part.shape[axis + 2])
+        else:
+            place = place.narrow(axis, start, part.shape[axis])
     place += part
     return total

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import eager
 from .strategies import BLOCK_BYTES, STRATEGIES, Cost, Problem, choose
+from .tune import tuned
 
 KEY_NORMS = ("softmax", "l2", "none")
 
@@ -48,7 +49,9 @@ def lambda_op(
                         nothing gives zeros. What nobody sees may hold anything, NaN too
     causal              query n sees contexts m <= n; 1-D, n = m
     key_norm            over the context: "softmax" (in float32 or better), "l2" or "none"
-    strategy            "auto" takes the first row of `plan`; a name from STRATEGIES forces that one, or raises
+    strategy            "auto" takes the first row of `plan`; "tuned" what ran fastest on this problem when it was first
+                        met (`ops/tune.py`; in a graph being compiled, as "auto"); a name from STRATEGIES forces that
+                        one, or raises
     memory_limit_bytes  no intermediate of the position part may be larger
     returns             (b, n, h, v), dtype of the inputs (under autocast, the autocast dtype)
 
@@ -72,6 +75,9 @@ def lambda_op(
     problem = _problem(q, keys, values, table, embeddings, grid, context_grid, mask, causal)
     if key_norm not in KEY_NORMS:
         raise ValueError(f"key_norm {key_norm!r} is not one of {', '.join(KEY_NORMS)}")
+    if strategy == "tuned":
+        graph = torch.compiler.is_compiling() or device == "meta"
+        strategy = "auto" if graph else tuned(problem, memory_limit_bytes)
     cost = choose(problem, strategy, memory_limit_bytes)
     result = q.dtype
     if result == torch.float16 and cost.strategy != "fused":  # a partial sum may overflow where the result does not
@@ -114,17 +120,18 @@ def _evaluate(
             y = eager.content_causal(q, keys, values, key_norm)
         else:
             lam_c = eager.content_lambda(keys, values, key_norm, padding)
-            if not STRATEGIES[cost.strategy].adds_content:
-                y = torch.einsum("bnhk,bkv->bnhv", q, lam_c)
     if table is not None or embeddings is not None:
         if p.causal and table is not None:
             future = torch.arange(table.shape[0], device=table.device) > table.shape[0] // 2
             table = torch.where(future[:, None, None], 0, table)
         elif p.causal and embeddings is not None:
             embeddings = torch.where(_lower(p.n, q.device)[..., None, None], embeddings, 0)
-        position = eager.Position(q, values, table, embeddings, p.grid or (p.n,), p.context_grid or (p.m,), mask, lam_c)
+        grids = p.grid or (p.n,), p.context_grid or (p.m,)
+        position = eager.Position(q, values, table, embeddings, *grids, mask, lam_c)
         at = STRATEGIES[cost.strategy].run(position, cost.block)
         y = at if y is None else y + at
+    elif lam_c is not None:
+        y = torch.einsum("bnhk,bkv->bnhv", q, lam_c)
     return q.new_zeros(p.b, p.n, p.h, p.v) if y is None else y
 
 

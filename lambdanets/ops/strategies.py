@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import eager, fused
+from . import convolution, eager, fused
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class Cost:
 class Strategy:
     """One exact order of evaluation: a row of STRATEGIES.
 
-    `run` evaluates a block of queries at a time, `cost` gives (multiply-adds, bytes moved, largest bytes) for a block,
-    `why_not` says why a problem cannot run, `builds` names the intermediates for the plan's printout.
+    `run` evaluates the position part and q·λc a block of queries at a time, `cost` gives (multiply-adds, bytes moved,
+    largest bytes) for a block, `why_not` says why a problem cannot run, `builds` names the intermediates for the
+    plan's printout.
     """
 
     run: Callable[[eager.Position, int], Tensor]
@@ -105,7 +106,6 @@ class Strategy:
     why_not: Callable[[Problem], str | None]
     chunked: bool
     builds: str
-    adds_content: bool = False  # adds the content lambda to the position lambda before q is applied
     automatic: bool = True  # "auto" may take it
 
 
@@ -119,16 +119,29 @@ def _ends(p: Problem) -> int:
     return p.b * p.n * p.h * (p.k + p.v) + p.b * p.m * p.v * p.u + weights
 
 
+def _reached(p: Problem, block: int) -> int:
+    """Contexts that a block of whole rows reaches, on average over the blocks: the window clipped to the map."""
+    if p.table is None or p.grid is None or p.context_grid is None:
+        return p.m
+    side = p.context_grid[0]
+    half = min((p.table[0] - 1) // 2, side)
+    rows = max(1, block // max(1, p.n // p.grid[0]))
+    seen = rows + 2 * half - half * (half + rows) // side  # less what lies over the two borders
+    return min(side, seen) * (p.m // side)
+
+
 def _cost_lambdas(p: Problem, block: int) -> tuple[int, int, int]:
-    macs = p.b * p.n * p.m * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
-    expanded, lam = p.m * p.k * p.u, p.b * p.k * p.v  # a query
+    m = _reached(p, block)
+    macs = p.b * p.n * m * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    expanded, lam = m * p.k * p.u, p.b * p.k * p.v  # a query
     moved = 2 * p.n * (expanded + 2 * lam) + _ends(p)
     return macs, moved * _itemsize(p), max(expanded, lam) * block * _itemsize(p)
 
 
 def _cost_scores(p: Problem, block: int) -> tuple[int, int, int]:
-    macs = p.b * p.h * p.n * p.m * p.u * (p.k + p.v)
-    expanded, s = p.m * p.k * p.u, p.b * p.h * p.m * p.u
+    m = _reached(p, block)
+    macs = p.b * p.h * p.n * m * p.u * (p.k + p.v)
+    expanded, s = m * p.k * p.u, p.b * p.h * m * p.u
     moved = 2 * p.n * (expanded + 2 * s) + _ends(p)
     return macs, moved * _itemsize(p), max(expanded, s) * block * _itemsize(p)
 
@@ -172,11 +185,11 @@ def _always(p: Problem) -> str | None:
 STRATEGIES: dict[str, Strategy] = {
     "lambdas": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, False, "E (n,m,k,u), λ (b,n,k,v)"),
     "scores": Strategy(eager.scores, _cost_scores, _always, False, "E (n,m,k,u), s (b,h,n,m,u)"),
-    "conv": Strategy(eager.conv, _cost_conv, _conv_why_not, False, "λ (b,n,k,v)"),
+    "conv": Strategy(convolution.conv, _cost_conv, _conv_why_not, False, "λ (b,n,k,v)"),
     "lambdas_chunked": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, True, "a block of E and of λ"),
     "scores_chunked": Strategy(eager.scores, _cost_scores, _always, True, "a block of E and of s"),
     # By name only: its kernels have run in Triton's interpreter and compiled for sm_90, never yet on a GPU.
-    "fused": Strategy(_fused, _cost_fused, fused.why_not, False, "nothing", adds_content=True, automatic=False),
+    "fused": Strategy(_fused, _cost_fused, fused.why_not, False, "nothing", automatic=False),
 }
 
 
@@ -203,13 +216,14 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
     return _Rates(dict(zip(orders, macs, strict=True)), dict(zip(orders, moved, strict=True)), far, block_s)
 
 
-# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22, to every
-# strategy on 11 shapes (one thread: the ranking is what matters). "cuda" is a guess from data sheets, not measured yet.
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2), to
+# every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets, not
+# measured yet.
 _RATES = {
-    ("cpu", False, False): _rates((6.7e10, 1e12, 2.1e11, 1e6), (3.9e10, 1.3e10, 1e10, 1e9), 1.8, 2.1e-4),
-    ("cpu", False, True): _rates((1.5e10, 2.2e10, 7.2e9, 1e6), (6e9, 3.3e9, 2.4e9, 1e9), 2.4, 2.3e-4),
-    ("cpu", True, False): _rates((6.2e11, 1e12, 3.5e11, 1e6), (1.4e10, 1.5e10, 4.7e9, 1e9), 1.5, 2.8e-4),
-    ("cpu", True, True): _rates((4.2e10, 1e12, 2.4e10, 1e6), (4.6e9, 2.2e9, 1.4e9, 1e9), 2.0, 8.7e-4),
+    ("cpu", False, False): _rates((1.5e11, 1e12, 4.5e11, 1e6), (3e10, 2.1e10, 1.8e10, 1e9), 3.4, 2.5e-4),
+    ("cpu", False, True): _rates((2.7e10, 8.1e10, 2e10, 1e6), (6.2e9, 4.2e9, 3e9, 1e9), 2.4, 6.6e-4),
+    ("cpu", True, False): _rates((1e12, 1e12, 5.7e11, 1e6), (1.9e10, 1.9e10, 8.3e9, 1e9), 1.9, 2.9e-4),
+    ("cpu", True, True): _rates((7.8e10, 1e12, 8.5e10, 1e6), (4.9e9, 3.5e9, 2e9, 1e9), 3.3, 1e-3),
     ("cuda", False, False): _rates((2e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
     ("cuda", False, True): _rates((7e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
     ("cuda", True, False): _rates((2e14, 5e13, 5e13, 2e14), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
@@ -273,8 +287,7 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     block = max(1, p.n)
     if row.chunked:
         budget = BLOCK_BYTES[device] if limit is None else min(limit, BLOCK_BYTES[device])
-        one = row.cost(p, 1)[2]
-        block = max(1, min(block, budget // max(1, one)))
+        block = max(1, min(block, budget // max(1, row.cost(p, p.n)[2] // max(1, p.n))))
     macs, moved, largest = row.cost(p, block)
     if why_not is None and limit is not None and largest > limit:
         why_not = f"its largest intermediate needs {largest:,} bytes, over the limit of {limit:,}"
@@ -297,7 +310,7 @@ def _plan(p: Problem, limit: int | None) -> Plan:
 def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     if strategy != "auto":
         if strategy not in STRATEGIES:
-            raise ValueError(f"strategy {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
+            raise ValueError(f"strategy {strategy!r} is not one of auto, tuned, {', '.join(STRATEGIES)}")
         best = _price(p, strategy, limit)
     elif not torch.compiler.is_compiling():
         best = _plan(p, limit)[0]
