@@ -204,7 +204,7 @@ class Timed:
     images: Tensor
 
     def peak(self, device: str) -> int:
-        """Bytes: the most that a call holds, and the weights."""
+        """Bytes: the most that the second call holds, with what the first one left behind, and the weights."""
         own = [*self.net.parameters(), *self.net.buffers()]
         return peak_bytes(self.call, device, [*own, self.images]) + sum(t.nbytes for t in own)
 
@@ -273,7 +273,7 @@ def bench(
     for subject in comparison.subjects:
         model, x = build(subject, device)
         try:
-            rounding[subject] = check(model, x[:1], dtypes)
+            rounding[subject] = check(model, x, dtypes)
             models[subject] = model, x
         except Exception as problem:  # its comparison goes on without it, and the exit code says so
             refused[str(subject)] = reason(problem)
@@ -307,11 +307,13 @@ def _row(
         for setting in settings:
             try:
                 one = ready(model, x, batch, setting, training, dtype)
-                got = one.call().detach().double().clone()
+                if device == "cuda" or "compiled" not in setting:  # compiled code's memory is not seen on a CPU
+                    peaks[subject, setting] = one.peak(device)  # of its first two calls: caches and momentum count
+                else:
+                    one.call(), one.call()
+                got = one.call().detach().double().clone()  # of a training step: the third
                 eager = got if eager is None else eager
                 _same(got, eager, None if training else rounding[subject][dtype], dtype)
-                if device == "cuda" or "compiled" not in setting:  # compiled code's memory is not seen on a CPU
-                    peaks[subject, setting] = one.peak(device)
             except Exception as problem:  # whatever a compiler or an allocator raises: the other settings go on
                 left_out[f"{subject}, {setting}"] = reason(problem)
                 print(f"{subject}, {setting} is left out: {reason(problem)}", file=sys.stderr)
@@ -429,7 +431,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.figure:
         if "pairs" not in args.only:
             parser.error(f"--figure {args.figure} draws the pairs, and --only {' '.join(args.only)} leaves them out")
-        from benchmarks import figure  # now: matplotlib is an extra, and missing it must not cost a long run
+        try:
+            from benchmarks import figure  # now: matplotlib is an extra, and missing it must not cost a long run
+        except ImportError as problem:
+            parser.error(f"--figure {args.figure} needs matplotlib ({problem}): pip install 'lambdanets[plots]'")
     about = start(args.device, args.threads)
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peers import COMPILED, PEERS, compiled, contenders, reason, why_not_compiled
 from lambdanets import LambdaLayer, plan
-from lambdanets.ops import lambda_reference
+from lambdanets.ops import STRATEGIES, lambda_reference
 from lambdanets.ops.strategies import Cost
 
 SHAPES = [  # map side, channels, scope (None: global), batch
@@ -283,6 +283,13 @@ def aims(row: dict[str, Any], device: str) -> dict[str, float]:
     return {}
 
 
+def excess(row: dict[str, Any]) -> float | None:
+    """The time of the strategy that "auto" took over the best strategy's."""
+    strategies = {name: t for name, t in row["ms"].items() if name in STRATEGIES}
+    took = strategies.get(row["auto_takes"])
+    return None if took is None else round(took / min(strategies.values()), 3)
+
+
 def summary(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """Geometric means by dtype and pass, and every aim beside what was measured."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -293,24 +300,30 @@ def summary(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
         found = {name: [r[key] for r in group if key in r] for name, group in groups.items()}
         means[key] = {name: round(statistics.geometric_mean(t), 2) for name, t in found.items() if t}
     reached = []
+
+    def compare(cell: str, what: str, measured: float | None, aim: float, at_most: bool = False) -> None:
+        if measured is not None:
+            met = measured <= aim if at_most else measured >= aim
+            reached.append({"cell": cell, "what": what, "measured": measured, "aim": aim, "met": met})
+
     for name, group in groups.items():
         for row in group:
             cell = f"{row['side']}² d{row['dim']} r={row['scope'] or 'all'} {name}"
             for key, aim in aims(row, device).items():
                 got = row["peak_mb"].get("auto") if key == "peak_mb" else row.get(key)
-                if got is not None:
-                    met = got <= aim if key == "peak_mb" else got >= aim
-                    reached.append({"cell": cell, "what": key, "measured": got, "aim": aim, "met": met})
-        if device == "cpu":
-            large = [r["times_fastest"] for r in group if r["scope"] == 23 and r["side"] >= 28 and "times_fastest" in r]
-            checks = [("the better of 28² and 56², r=23", "times_fastest", max(large, default=None), 1.3)]
-            aim = 6.0 if name.startswith("float32") else 8.0
-            checks.append(("geometric mean", "times_timm", means["times_timm"].get(name), aim))
-            reached += [
-                {"cell": f"{cell} {name}", "what": key, "measured": got, "aim": aim, "met": got >= aim}
-                for cell, key, got, aim in checks
-                if got is not None
-            ]
+                compare(cell, key, got, aim, key == "peak_mb")
+        large = [r["times_fastest"] for r in group if r["scope"] == 23 and r["side"] >= 28 and "times_fastest" in r]
+        if device == "cpu" and len(large) > 1:
+            compare(f"the better of 28² and 56², r=23 {name}", "times_fastest", max(large), 1.3)
+        if device == "cpu" and len(group) == len(SHAPES):
+            mean = means["times_timm"].get(name)
+            compare(f"geometric mean {name}", "times_timm", mean, 6.0 if name.startswith("float32") else 8.0)
+    off = [e for e in map(excess, rows) if e is not None]
+    if off:
+        compare(
+            "plan", "cells where auto is within 15% of the best, share", sum(e <= 1.15 for e in off) / len(off), 0.9
+        )
+        compare("plan", "auto's time over the best strategy's, worst cell", max(off), 1.5, at_most=True)
     return {f"geometric_mean_{key}": mean for key, mean in means.items()} | {"aims": reached}
 
 

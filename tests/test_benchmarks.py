@@ -141,7 +141,8 @@ def test_what_runs_end_to_end_is_what_is_printed_and_kept(monkeypatch, tmp_path,
             assert one["images_per_s"] == pytest.approx(1000 * made["batch"] / one["ms"][one["setting"]], rel=0.01)
             assert one["s_per_1024_images"] == pytest.approx(1024 / one["images_per_s"], rel=0.01)
             weights = sum(p.numel() for p in timm.create_model(name).parameters()) * 4e-6
-            assert one["peak_mb"] > weights * (1 if made["pass"] == "training" else 0.45)
+            # Training holds weights, gradients and momentum, three times the weights, before any activation.
+            assert one["peak_mb"] > weights * (3 if made["pass"] == "training" else 0.45)
             rates.append(one["images_per_s"])
         assert made["ratios"][0]["measured"] == pytest.approx(rates[0] / rates[1], rel=0.01)
 
@@ -288,8 +289,9 @@ def test_the_fastest_peer_is_named_and_ours_is_the_faster_of_its_two_forms():
 
 def cell(side: int, scope: int | None, dtype: str = "float32", **measured_there: float) -> dict:
     peak = {"auto": measured_there.pop("peak_mb")} if "peak_mb" in measured_there else {}
+    ms = {"auto": 1.3, "scores": 1.0, "lambdas": 1.2}
     return {"side": side, "dim": 3584 // side, "scope": scope, "dtype": dtype, "backward": False, "peak_mb": peak,
-            **measured_there}  # fmt: skip
+            "auto_takes": "lambdas" if side == 64 else "scores", "ms": ms, **measured_there}  # fmt: skip
 
 
 def test_the_aims_of_the_layer_stand_beside_what_was_measured():
@@ -304,11 +306,14 @@ def test_the_aims_of_the_layer_stand_beside_what_was_measured():
     assert missed == {
         ("7² d512 r=23", "times_timm"), ("14² d256 r=all", "times_fastest"), ("56² d64 r=23", "times_fastest"),
         ("64² d56 r=all", "peak_mb"), ("the better of 28² and 56², r=23", "times_fastest"),
-        ("geometric mean", "times_timm"),
+        ("plan", "cells where auto is within 15% of the best, share"),
     }  # fmt: skip
     timm_ratios = [9.9, 4.1, 3.0, 3.0, 3.0]
     assert found["geometric_mean_times_timm"] == {"float32 fwd": round(statistics.geometric_mean(timm_ratios), 2)}
-    assert len(found["aims"]) == 11
+    assert found["aims"][-1] == {"cell": "plan", "what": "auto's time over the best strategy's, worst cell",
+                                 "measured": 1.2, "aim": 1.5, "met": True}  # fmt: skip
+    grid = op.summary([cell(14, 7, times_fastest=1.0, times_timm=5.9)] * len(op.SHAPES), "cpu")["aims"]
+    assert {aim["what"]: aim["met"] for aim in grid if "geometric" in aim["cell"]} == {"times_timm": False}
     assert op.aims(cell(7, 23, "bfloat16"), "cpu") == {"times_fastest": 4.0, "times_timm": 12.0}
     assert op.aims(cell(7, 23, "bfloat16"), "cuda") == {"times_fastest": 5.0}
 
