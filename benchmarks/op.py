@@ -1,12 +1,14 @@
-"""Times the lambda layer in every strategy beside timm's layer and the plain einsum order, with equal weights.
+"""Times the lambda layer in every strategy beside its public forms (peers.py), with equal weights.
 
     python -m benchmarks.op                       the paper's shapes on this machine's CPU, float32 and bfloat16
-    python -m benchmarks.op --device cuda --batch 128 --dtype bfloat16
+    python -m benchmarks.op --compile             each peer and "auto" under torch.compile too: four compilations a cell
+    python -m benchmarks.op --device cuda --batch 128 --dtype bfloat16 --compile
     python -m benchmarks.op --quick               the two smallest maps, for a look
 
 A contender is timed only after it agreed with `ops/reference.py` in float64 on 64 random queries of that shape. Times
-are medians of interleaved runs; what to quote is the ratio to timm's layer, which ran in between. The last line of
-stdout is one JSON object; --out keeps it.
+are medians of interleaved runs; what to quote is a ratio to a peer, which ran in between: `times_timm` is "auto"
+against timm's layer, both eager, `times_fastest` the faster of "auto" and "auto compiled" against the fastest peer. A
+contender that does not compile is reported and left out. The last line of stdout is one JSON object; --out keeps it.
 """
 
 import argparse
@@ -18,19 +20,20 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.peers import COMPILED, PEERS, compiled, contenders, reason, why_not_compiled
 from lambdanets import LambdaLayer, plan
-from lambdanets.ops import STRATEGIES, lambda_reference, relative_embeddings
+from lambdanets.ops import STRATEGIES, lambda_reference
+from lambdanets.ops.strategies import Cost
 
 SHAPES = [  # map side, channels, scope (None: global), batch
     (7, 512, 23, 8), (14, 256, 23, 8), (28, 128, 23, 8), (56, 64, 23, 8),
@@ -39,41 +42,6 @@ SHAPES = [  # map side, channels, scope (None: global), batch
 ]  # fmt: skip
 BUDGET_BYTES = 6 << 30  # what a contender may allocate at once here
 HOPELESS = 8  # a contender predicted to take this many times the best one's time is left out: minutes for one cell
-
-
-class PlainEinsum(nn.Module):
-    """The paper's order as most ports have it: gather E, λ = E·V, y = q·λ."""
-
-    def __init__(self, layer: LambdaLayer, side: int) -> None:
-        super().__init__()
-        self.layer, self.side = layer, side
-
-    def forward(self, x: Tensor) -> Tensor:
-        ours, b, n = self.layer, x.shape[0], self.side**2
-        q = ours.norm_q(ours.to_q(x)).reshape(b, ours.heads, ours.key_depth, n)
-        keys = ours.to_k(x).reshape(b, ours.key_depth, n).softmax(-1)
-        values = ours.norm_v(ours.to_v(x)).reshape(b, ours.value_depth, n)
-        E = relative_embeddings(ours.table, (self.side, self.side))[..., 0]
-        lambdas = torch.einsum("nmk,bvm->bnkv", E, values) + torch.einsum("bkm,bvm->bkv", keys, values)[:, None]
-        return torch.einsum("bhkn,bnkv->bhvn", q, lambdas).reshape(b, -1, self.side, self.side)
-
-
-def contenders(side: int, dim: int, scope: int | None) -> dict[str, nn.Module]:
-    """Ours by strategy, timm's and the plain einsum, all with the same weights, in training mode's batch norm off."""
-    where = {"scope": scope} if scope else {"scope": None, "size": side}
-    ours = {name: LambdaLayer(dim, strategy=name, **where) for name in ("auto", *STRATEGIES)}
-    theirs = TimmLambdaLayer(dim, feat_size=(side, side), num_heads=4, dim_head=16, r=scope)
-    first = ours["auto"]
-    for layer in ours.values():
-        layer.load_state_dict(first.state_dict())
-    with torch.no_grad():
-        theirs.qkv.weight.copy_(torch.cat([first.to_q.weight, first.to_k.weight, first.to_v.weight]))
-        if scope:
-            theirs.conv_lambda.weight.copy_(first.table.permute(2, 3, 0, 1)[..., None])
-            theirs.conv_lambda.bias.zero_()
-        else:
-            theirs.pos_emb.copy_(first.table[..., 0])
-    return {"timm": theirs, "plain einsum": PlainEinsum(first, side), **ours}
 
 
 def truth(layer: LambdaLayer, x: Tensor, queries: Tensor) -> Tensor:
@@ -105,12 +73,15 @@ def _row(table: Tensor, at: tuple[int, int], side: int) -> Tensor:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that operations have made and nobody has dropped, and their peak."""
+    """Bytes of the tensors that operations have made and nobody has dropped, and their peak; `known` are not counted.
 
-    def __init__(self) -> None:
+    What compiled code allocates is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.seen = {t.untyped_storage()._cdata for t in known}
 
     def _drop(self, key: int, size: int) -> None:
         self.seen.discard(key)
@@ -130,28 +101,48 @@ class Live(TorchDispatchMode):
         return out
 
 
-def work(layer: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
-    """One call to be timed."""
+def peak_bytes(call: Callable[[], Any], device: str, known: Iterable[Tensor] = ()) -> int:
+    """The most that a call holds beyond what was there before: its second call, with what the first one left behind.
+
+    So caches that stay between calls and an optimizer's state count. `known` are the tensors that are there already.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with Live(known) as live:
+        call()
+        live.peak = live.now
+        call()
+    return live.peak
+
+
+def work(layer: nn.Module, x: Tensor, backward: bool) -> Callable[[], Tensor]:
+    """One call to be timed; it returns the layer's output."""
     if not backward:
 
-        def forward() -> None:
+        def forward() -> Tensor:
             with torch.inference_mode():
-                layer(x)
+                return layer(x)
 
         return forward
-    leaf = x.clone().requires_grad_()
-    shape = layer(x[:1] if x.shape[0] > 1 else x).shape[1:]
-    grad = torch.randn(x.shape[0], *shape, dtype=x.dtype, device=x.device)
+    leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
 
-    def both() -> None:
+    def both() -> Tensor:
         leaf.grad = None
         layer.zero_grad(set_to_none=True)
-        layer(leaf).backward(grad)
+        y = layer(leaf)
+        y.backward(grad)
+        return y.detach()
 
     return both
 
 
-def seconds(call: Callable[[], None], device: str) -> float:
+def seconds(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -161,19 +152,21 @@ def seconds(call: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(calls: dict[str, Callable[[], None]], device: str, budget_s: float) -> dict[str, list[float]]:
-    """Interleaved runs: one of each in turn, until the budget of each is spent; at least five of each."""
+def measure(
+    calls: dict[str, Callable[[], Any]], device: str, budget_s: float, least: int = 5
+) -> dict[str, list[float]]:
+    """Interleaved runs: one of each in turn, until the budget of each is spent; at least `least` of each."""
     first = {name: min(seconds(call, device), seconds(call, device)) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(200):
         for name, call in calls.items():
-            if turn < 5 or first[name] * turn < budget_s:
+            if turn < least or first[name] * turn < budget_s:
                 times[name].append(seconds(call, device))
     return times
 
 
 def bench_shape(
-    side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float
+    side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     layers = contenders(side, dim, scope)
@@ -186,29 +179,36 @@ def bench_shape(
     for backward in (False, True):
         problem = replace(layers["auto"].problem(x.to(device)), training=backward)
         costs = {c.strategy: c for c in plan(problem)}
-        calls = {}
-        for name, layer in layers.items():
-            cost = costs.get(name)
-            if cost is not None and cost.why_not is not None:
+        names = [name for name in layers if _worth(name, costs, side, scope, batch, dtype, backward)]
+        if compile:
+            torch._dynamo.reset()  # each cell compiles anew, and drops the last one's code
+            names += [name + COMPILED for name in names if name in PEERS or name == "auto"]
+        calls: dict[str, Callable[[], Tensor]] = {}
+        left_out: dict[str, str] = {}
+        for name in names:
+            layer = layers[name.removesuffix(COMPILED)]
+            run = compiled(layer, device, backward) if name.endswith(COMPILED) else layer
+            try:
+                got = work(run, x.to(device), backward)()
+            except Exception as error:  # whatever a compiler raises
+                if not name.endswith(COMPILED):
+                    raise
+                left_out[name] = reason(error)
+                print(f"{name} is left out at {side}², d {dim}: {left_out[name]}", file=sys.stderr)
                 continue
-            order = costs.get("lambdas" if name == "plain einsum" else name)
-            if order is not None and order.seconds > HOPELESS * min(c.seconds for c in costs.values() if not c.why_not):
-                continue
-            expands = name in ("plain einsum", "lambdas", "scores") or (name == "timm" and scope is None)
-            copies = {"timm": batch, "plain einsum": 1}.get(name, 1)  # timm expands the table for every example
-            if expands and copies * 4 * side**4 * 16 * dtype.itemsize * (2 if backward else 1) > BUDGET_BYTES:
-                continue
-            with torch.no_grad():
-                got = layer(x.to(device)).flatten(2).mT[:, queries.to(device)].double().cpu()
-            error = ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
-            if not error <= 20 * torch.finfo(dtype).eps:
-                raise SystemExit(f"{name} disagrees with the reference at {side}², d {dim}: relative rms {error:.1e}")
-            calls[name] = work(layer, x.to(device), backward)
-        peaks = {}
-        for name, call in calls.items():
-            with Live() as live:
-                call()
-            peaks[name] = live.peak
+            got = got.flatten(2).mT[:, queries.to(device)].double().cpu()
+            distance = ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
+            if not distance <= 20 * torch.finfo(dtype).eps:
+                raise SystemExit(
+                    f"{name} disagrees with the reference at {side}², d {dim}: relative rms {distance:.1e}"
+                )
+            layer.zero_grad(set_to_none=True)
+            calls[name] = work(run, x.to(device), backward)
+        peaks = {
+            name: peak_bytes(call, device)
+            for name, call in calls.items()
+            if device == "cuda" or not name.endswith(COMPILED)
+        }
         times = measure(calls, device, budget_s)
         median = {name: statistics.median(t) for name, t in times.items()}
         row = {
@@ -218,19 +218,113 @@ def bench_shape(
             "spread": {name: [round(1e3 * min(t), 3), round(1e3 * max(t), 3)] for name, t in times.items()},
             "peak_mb": {name: round(p / 1e6, 2) for name, p in peaks.items()},
             "predicted_ms": {name: round(1e3 * c.seconds, 3) for name, c in costs.items() if name in times},
+            "left_out": left_out, **ratios(median),
         }  # fmt: skip
-        if "timm" in median:
-            row["times_timm"] = round(median["timm"] / median["auto"], 2)
         rows.append(row)
         print(line(row), flush=True)
     return rows
+
+
+def _worth(
+    name: str, costs: dict[str, Cost], side: int, scope: int | None, batch: int, dtype: torch.dtype, backward: bool
+) -> bool:
+    """Whether a contender can run, has a chance, and fits into BUDGET_BYTES."""
+    cost = costs.get(name)
+    if cost is not None and cost.why_not is not None:
+        return False
+    order = costs.get(PEERS.get(name, name))
+    if order is not None and order.seconds > HOPELESS * min(c.seconds for c in costs.values() if not c.why_not):
+        return False
+    expands = name in ("plain einsum", "lambdas", "scores") or (name == "timm" and scope is None)
+    copies = batch if name == "timm" else 1  # timm expands the table for every example
+    return not expands or copies * 4 * side**4 * 16 * dtype.itemsize * (2 if backward else 1) <= BUDGET_BYTES
+
+
+def ratios(seconds_of: dict[str, float]) -> dict[str, Any]:
+    """times_timm, times_fastest and who was fastest on either side, from the contenders' seconds."""
+    peers = {name: t for name, t in seconds_of.items() if name.removesuffix(COMPILED) in PEERS}
+    ours = {name: t for name, t in seconds_of.items() if name.removesuffix(COMPILED) == "auto"}
+    found: dict[str, Any] = {}
+    if "timm" in peers:
+        found["times_timm"] = round(peers["timm"] / ours["auto"], 2)
+    if peers:
+        fastest, best = min(peers, key=peers.__getitem__), min(ours, key=ours.__getitem__)
+        found |= {"times_fastest": round(peers[fastest] / ours[best], 2), "fastest": fastest, "ours": best}
+    return found
 
 
 def line(row: dict[str, Any]) -> str:
     passes = "fwd+bwd" if row["backward"] else "fwd"
     what = f"{row['side']}² d{row['dim']} r={row['scope'] or 'all'} {row['dtype']} {passes:<7}"
     ms = "  ".join(f"{name} {t:.2f}" for name, t in row["ms"].items())
-    return f"{what} {row.get('times_timm', float('nan')):6.2f}x timm | ms: {ms} | auto = {row['auto_takes']}"
+    nan = float("nan")
+    return (
+        f"{what} {row.get('times_timm', nan):6.2f}x timm {row.get('times_fastest', nan):5.2f}x the fastest "
+        f"({row.get('fastest', 'none')}) | ms: {ms} | auto = {row['auto_takes']}"
+    )
+
+
+def aims(row: dict[str, Any], device: str) -> dict[str, float]:
+    """What is aimed at in a cell (issue 3): the least ratio to the fastest peer and to timm, the largest peak in MB."""
+    side, scope, two_bytes = row["side"], row["scope"], row["dtype"] != "float32"
+    if device == "cuda":
+        return {"times_fastest": 5.0} if two_bytes else {}
+    if scope == 7 or (scope == 23 and side >= 28):
+        return {"times_fastest": 1.0}
+    if side in (7, 14):
+        return (
+            {"times_fastest": 4.0, "times_timm": 12.0 if two_bytes else 10.0}
+            if side == 7
+            else {"times_fastest": 2.5, "times_timm": 12.0 if two_bytes else 4.0}
+        )
+    if side == 64:
+        expanded_mb = side**4 * 16 * (2 if two_bytes else 4) / 1e6
+        return {"times_fastest": 2.0, "peak_mb": round(expanded_mb / 8, 1)}
+    return {}
+
+
+def excess(row: dict[str, Any]) -> float | None:
+    """The time of the strategy that "auto" took over the best strategy's."""
+    strategies = {name: t for name, t in row["ms"].items() if name in STRATEGIES}
+    took = strategies.get(row["auto_takes"])
+    return None if took is None else round(took / min(strategies.values()), 3)
+
+
+def summary(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """Geometric means by dtype and pass, and every aim beside what was measured."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['dtype']} {'fwd+bwd' if row['backward'] else 'fwd'}", []).append(row)
+    means = {}
+    for key in ("times_timm", "times_fastest"):
+        found = {name: [r[key] for r in group if key in r] for name, group in groups.items()}
+        means[key] = {name: round(statistics.geometric_mean(t), 2) for name, t in found.items() if t}
+    reached = []
+
+    def compare(cell: str, what: str, measured: float | None, aim: float, at_most: bool = False) -> None:
+        if measured is not None:
+            met = measured <= aim if at_most else measured >= aim
+            reached.append({"cell": cell, "what": what, "measured": measured, "aim": aim, "met": met})
+
+    for name, group in groups.items():
+        for row in group:
+            cell = f"{row['side']}² d{row['dim']} r={row['scope'] or 'all'} {name}"
+            for key, aim in aims(row, device).items():
+                got = row["peak_mb"].get("auto") if key == "peak_mb" else row.get(key)
+                compare(cell, key, got, aim, key == "peak_mb")
+        large = [r["times_fastest"] for r in group if r["scope"] == 23 and r["side"] >= 28 and "times_fastest" in r]
+        if device == "cpu" and len(large) > 1:
+            compare(f"the better of 28² and 56², r=23 {name}", "times_fastest", max(large), 1.3)
+        if device == "cpu" and len(group) == len(SHAPES):
+            mean = means["times_timm"].get(name)
+            compare(f"geometric mean {name}", "times_timm", mean, 6.0 if name.startswith("float32") else 8.0)
+    off = [e for e in map(excess, rows) if e is not None]
+    if off:
+        compare(
+            "plan", "cells where auto is within 15% of the best, share", sum(e <= 1.15 for e in off) / len(off), 0.9
+        )
+        compare("plan", "auto's time over the best strategy's, worst cell", max(off), 1.5, at_most=True)
+    return {f"geometric_mean_{key}": mean for key, mean in means.items()} | {"aims": reached}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -252,6 +346,18 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def start(device: str, threads: int) -> dict[str, Any]:
+    """Sets the threads, prints the machine and its load, and says so when others are at work on it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: no CUDA device is visible")
+    torch.set_num_threads(threads)
+    about = machine(device)
+    print(about)
+    if about["load"] > 0.5 * threads:
+        print(f"warning: the load is {about['load']}: a busy neighbour distorts ratios by up to 10x", file=sys.stderr)
+    return about
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -259,36 +365,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=None, help="instead of each shape's own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=0.6, help="seconds of running for each contender and cell")
+    parser.add_argument("--compile", action="store_true", help="the peers and auto under torch.compile as well")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: no CUDA device is visible")
-    torch.set_num_threads(args.threads)
-    about = machine(args.device)
-    print(about)
-    if about["load"] > 0.5 * args.threads:
-        print(f"warning: the load is {about['load']}: a busy neighbour distorts ratios by up to 10x", file=sys.stderr)
-    rows = []
+    about = start(args.device, args.threads)
+    if args.compile and (why_not := why_not_compiled(args.device)):
+        print(f"warning: {why_not}", file=sys.stderr)
+        args.compile = False
+    rows: list[dict[str, Any]] = []
     for side, dim, scope, batch in SHAPES[:2] if args.quick else SHAPES:
-        for dtype in args.dtype:
-            rows += bench_shape(
-                side, dim, scope, args.batch or batch, getattr(torch, dtype), args.device, args.budget_s
-            )
+        for name in args.dtype:
+            dtype = getattr(torch, name)
+            rows += bench_shape(side, dim, scope, args.batch or batch, dtype, args.device, args.budget_s, args.compile)
             _result(about, rows, {}, args.out)  # what an interrupted run has measured is kept
-    summary = {}
-    for dtype in args.dtype:
-        for backward in (False, True):
-            ratios = [
-                r["times_timm"] for r in rows if r["dtype"] == dtype and r["backward"] == backward and "times_timm" in r
-            ]
-            summary[f"{dtype} {'fwd+bwd' if backward else 'fwd'}"] = round(statistics.geometric_mean(ratios), 2)
-    print("geometric mean of the ratio to timm:", summary)
-    print(_result(about, rows, summary, args.out))
+    found = summary(rows, args.device)
+    for key in ("geometric_mean_times_timm", "geometric_mean_times_fastest"):
+        print(f"{key}: {found[key]}")
+    for aim in found["aims"]:
+        sign = "met" if aim["met"] else "missed"
+        print(f"{aim['cell']}: {aim['what']} {aim['measured']}, aim {aim['aim']}: {sign}")
+    print(_result(about, rows, found, args.out))
 
 
-def _result(about: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, float], out: Path | None) -> str:
-    text = json.dumps({"machine": about, "rows": rows, "geometric_mean_times_timm": summary})
+def _result(about: dict[str, Any], rows: list[dict[str, Any]], found: dict[str, Any], out: Path | None) -> str:
+    text = json.dumps({"machine": about, "rows": rows, **found})
     if out:
         out.write_text(text + "\n")
     return text

@@ -1,0 +1,369 @@
+"""The benchmarks: whom they compare, with what the paper says, and that what they print is what a run gave."""
+
+import copy
+import json
+import math
+import statistics
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import lambdanets
+from benchmarks import figure, model, op, peers, public
+
+SMALL = {"lambda_resnet_tiny": 32, "test_efficientnet": 64}
+
+
+def pair(paper: float = 1.55) -> model.Comparison:
+    over, under = (model.Subject(name, px, 77.0 + i) for i, (name, px) in enumerate(SMALL.items()))
+    return model.Comparison("figure", (over, under), (model.Claim(over, under, {"training": paper}, 1.5),))
+
+
+# --- model.py: whom, and the paper's numbers ---
+
+
+def test_table_12s_ratios_are_the_papers_and_its_models_exist():
+    (words,) = model.comparisons(["table12"])
+    assert {str(c.under) for c in words.claims} == {"resnet50_cccc at 224"}
+    paper = {c.over.model[-4:]: c.paper["inference"] for c in words.claims}
+    assert paper == {"llll": 0.16, "clll": 0.3, "ccll": 0.69, "cccl": 0.99}
+    assert {s.model for s in words.subjects} <= set(lambdanets.list_models())
+    assert list(model.AIMS["cpu", "inference"].values()) == [0.85, 0.9, 1.0, 1.0]
+    assert list(model.AIMS["cuda", "training"].values()) == [0.8, 0.9, 1.0, 1.0]
+
+
+def test_each_efficientnet_meets_the_papers_fastest_model_of_at_least_its_accuracy():
+    pairs = [c for c in model.comparisons(["pairs"]) if c.table == "figure"]
+    ours = [(c.claims[0].over.model.removeprefix("lambda_resnet"), c.claims[0].over.px) for c in pairs]
+    assert ours == [("50", 128), ("50", 160), ("101", 160), ("101", 192), ("152", 224), ("152", 256), ("270", 256),
+                    ("350", 320)]  # fmt: skip
+    assert [c.claims[0].under.px for c in pairs] == [224, 240, 260, 300, 380, 456, 528, 600]
+    assert all(c.claims[0].over.top1 >= c.claims[0].under.top1 for c in pairs)
+    assert [c.claims[0].paper for c in pairs[-2:]] == [{"training": 4.4}, {"training": 3.2}]
+    assert [c.claims[0].points for c in pairs] == [1.55, 1.69, 1.5, 1.7, 1.87, 3.08, 3.31, 3.15]
+    for c in pairs:
+        assert c.claims[0].over.model in lambdanets.list_models()
+        assert timm.is_model(c.claims[0].under.model)
+
+
+def test_table_5s_ratios_are_the_papers():
+    table5 = model.comparisons(["pairs"])[-1]
+    assert [(str(c.over), str(c.under)) for c in table5.claims] == [
+        ("lambda_resnet152 at 288", "efficientnet_b7 at 600"),
+        ("lambda_resnet152 at 288", "vit_large_patch16_384 at 384"),
+    ]
+    assert [c.paper for c in table5.claims] == [
+        {"training": 9.5, "inference": 6.2},
+        {"training": 9.0, "inference": 9.5},
+    ]
+    assert timm.is_model("vit_large_patch16_384")
+
+
+def test_quick_leaves_the_large_models_out():
+    assert [str(s) for c in model.comparisons(["pairs"], quick=True) for s in c.subjects] == [
+        "lambda_resnet50 at 128", "efficientnet_b0 at 224", "lambda_resnet50 at 160", "efficientnet_b1 at 240",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "published"), [("efficientnet_b0", 0.39e9), ("resnet50_cccc", 4.09e9)])
+def test_the_work_of_a_model_is_what_is_published(name, published):
+    assert model.macs(model.Subject(name, 224, 0.0)) == pytest.approx(published, rel=0.03)
+
+
+# --- model.py: what is measured ---
+
+
+def row(table: str = "figure", passes: str = "training", rates: tuple[float, ...] = (30.0, 20.0), comparison=None):
+    comparison = comparison or pair()
+    found = {
+        str(s): {
+            "model": s.model, "px": s.px, "paper_top1": s.top1, "setting": "eager", "images_per_s": rate,
+            "s_per_1024_images": 1024 / rate, "peak_mb": 10.0 * rate,
+        }
+        for s, rate in zip(comparison.subjects, rates, strict=True)
+    }  # fmt: skip
+    made = {"table": table, "dtype": "float32", "pass": passes, "batch": 8, "models": found, "left_out": {}}
+    return {**made, "ratios": model.ratios(comparison, made, "cpu")}
+
+
+def test_a_ratio_stands_beside_the_papers_and_the_aim():
+    speed, memory = row()["ratios"]
+    assert (speed["measured"], speed["paper"], speed["paper_points"], speed["aim"]) == (1.5, 1.55, 1.5, None)
+    assert (memory["what"], memory["measured"]) == ("peak_mb", 1.5)
+    assert row(passes="inference")["ratios"][0]["paper"] is None  # the figure is of training steps
+    (words,) = model.comparisons(["table12"])
+    found = row("table12", "inference", (100.0, 85.0, 89.0, 100.0, 101.0), words)["ratios"]
+    speeds = {r["over"][:13]: (r["measured"], r["aim"]) for r in found if r["what"] == "images_per_s"}
+    assert speeds == {
+        "resnet50_llll": (0.85, 0.85), "resnet50_clll": (0.89, 0.9), "resnet50_ccll": (1.0, 1.0),
+        "resnet50_cccl": (1.01, 1.0),
+    }  # fmt: skip
+    met = {aim["what"].split(" ")[0]: aim["met"] for aim in model.summary([{**row(), "ratios": found}])["aims"]}
+    assert met == {"resnet50_llll": True, "resnet50_clll": False, "resnet50_ccll": True, "resnet50_cccl": True}
+
+
+def test_the_memory_aim_is_an_upper_bound():
+    (words,) = model.comparisons(["table12"])
+    made = row("table12", "training", (10.0, 13.0, 9.0, 9.0, 9.0), words)  # peaks are ten times that
+    made["ratios"] = model.ratios(words, made, "cuda")
+    assert [a for a in model.summary([made])["aims"] if "peak_mb" in a["what"]] == [
+        {"what": "resnet50_llll at 224 / resnet50_cccc at 224, peak_mb, float32 training", "measured": 1.3, "aim": 1.3,
+         "met": True}
+    ]  # fmt: skip
+
+
+def test_the_summary_is_the_geometric_mean_of_the_pairs():
+    rows = [row(rates=(30.0, 20.0)), row(rates=(60.0, 10.0)), row("table5", rates=(90.0, 1.0))]
+    assert model.summary(rows)["geometric_mean_of_pairs"] == {"float32 training": 3.0}
+
+
+def test_what_runs_end_to_end_is_what_is_printed_and_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model, "comparisons", lambda only, quick: [pair()])
+    out, png = tmp_path / "model.json", tmp_path / "pairs.png"
+    model.main(["--quick", "--only", "pairs", "--dtype", "float32", "bfloat16", "--channels-last", "--batch", "2",
+                "--budget-s", "0.01", "--threads", "1", "--out", str(out), "--figure", str(png)])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert json.loads(out.read_text()) == result
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert [(r["dtype"], r["pass"]) for r in result["rows"]] == [
+        (dtype, passes) for dtype in ("float32", "bfloat16") for passes in ("inference", "training")
+    ]
+    for made in result["rows"]:
+        assert made["left_out"] == {}
+        rates = []
+        for name, px in SMALL.items():
+            one = made["models"][f"{name} at {px}"]
+            assert set(one["ms"]) == {"eager", "channels_last"}
+            assert one["setting"] == min(one["ms"], key=one["ms"].__getitem__)
+            assert one["images_per_s"] == pytest.approx(1000 * made["batch"] / one["ms"][one["setting"]], rel=0.01)
+            assert one["s_per_1024_images"] == pytest.approx(1024 / one["images_per_s"], rel=0.01)
+            weights = sum(p.numel() for p in timm.create_model(name).parameters()) * 4e-6
+            # Training holds weights, gradients and momentum, three times the weights, before any activation.
+            assert one["peak_mb"] > weights * (3 if made["pass"] == "training" else 0.45)
+            rates.append(one["images_per_s"])
+        assert made["ratios"][0]["measured"] == pytest.approx(rates[0] / rates[1], rel=0.01)
+
+
+def test_an_interrupted_run_keeps_the_rows_it_has(monkeypatch, tmp_path):
+    def one_row(*_):
+        yield row()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "comparisons", lambda only, quick: [pair()])
+    monkeypatch.setattr(model, "bench", one_row)
+    with pytest.raises(KeyboardInterrupt):
+        model.main(["--only", "pairs", "--out", str(tmp_path / "model.json")])
+    assert json.loads((tmp_path / "model.json").read_text())["rows"] == [json.loads(json.dumps(row()))]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.json"]
+
+
+def test_a_model_that_fuse_changes_is_not_timed_and_the_exit_says_so(monkeypatch, tmp_path):
+    def wrong(net: nn.Module) -> nn.Module:
+        net = copy.deepcopy(net).eval()
+        if hasattr(net, "fc"):  # ours; timm's EfficientNet has a `classifier`
+            with torch.no_grad():
+                net.fc.bias += 1e-4
+        return net
+
+    monkeypatch.setattr(lambdanets, "fuse", wrong, raising=False)
+    monkeypatch.setattr(model, "comparisons", lambda only, quick: [pair()])
+    out = tmp_path / "model.json"
+    with pytest.raises(SystemExit, match=r"not everything was timed.*lambda_resnet_tiny at 32"):
+        model.main(["--quick", "--only", "pairs", "--budget-s", "0.01", "--threads", "1", "--out", str(out)])
+    for made in json.loads(out.read_text())["rows"]:
+        assert list(made["models"]) == ["test_efficientnet at 64"]
+        assert "fuse(model) and the model disagree in float64" in made["left_out"]["lambda_resnet_tiny at 32"]
+        assert made["ratios"] == []
+
+
+def test_a_setting_that_fails_is_left_out_and_named(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(lambdanets, "fuse", lambda net: copy.deepcopy(net).eval(), raising=False)
+    monkeypatch.setattr(model, "compiled", fails)
+    made = next(model.bench(pair(), [torch.float32], ["eager", "compiled"], "cpu", model.Limits(2, 0.0, 1)))
+    assert set(made["left_out"]) == {f"{name} at {px}, compiled" for name, px in SMALL.items()}
+    assert set(made["left_out"].values()) == {"RuntimeError: no compiler"}
+    assert {m["setting"] for m in made["models"].values()} == {"eager"}
+    assert len(made["models"]) == 2
+
+
+def test_a_batch_is_halved_until_it_fits_into_memory():
+    assert model.fitting(64, 1, "cpu") == 64
+    assert model.fitting(64, 1 << 60, "cpu") == 1
+
+
+def test_a_training_step_changes_the_weights_and_inference_does_not():
+    net, x = model.build(model.Subject("lambda_resnet_tiny", 16, 0.0), "cpu")
+    timed = model.ready(net, x, 3, "eager", True, torch.float32)
+    before = timed.net.fc.weight.detach().clone()
+    timed.call()
+    assert not torch.equal(timed.net.fc.weight, before)
+    assert torch.equal(net.fc.weight, before)  # the copy learns, the model that others are compared with does not
+    assert timed.images.shape == (3, 3, 16, 16)
+
+
+def test_a_figure_that_nobody_asked_rows_for_is_refused_before_the_run(capsys):
+    with pytest.raises(SystemExit):
+        model.main(["--only", "table12", "--figure", "x.png"])
+    assert "--figure x.png draws the pairs" in capsys.readouterr().err
+
+
+# --- figure.py ---
+
+
+def measured(slower: float, passes: tuple[str, ...] = ("inference", "training")) -> dict:
+    """A result whose seconds are the paper's, ours times `slower`; no run gave it."""
+    seconds = {(name, px): s for name, px, s, _ in model.FIGURE_OURS + model.FIGURE_THEIRS}
+    rows = []
+    for comparison in model.comparisons(["pairs"])[:-1]:
+        for one in passes:
+            rates = [
+                1024 / (seconds[s.model, s.px] * (slower if "lambda" in s.model else 1)) for s in comparison.subjects
+            ]
+            rows.append(row("figure", one, tuple(rates), comparison))
+    about = {"device": "a machine", "threads": 2, "torch": "2", "timm": "1"}
+    return {"machine": about, "settings": ["eager"], "rows": rows}
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.9, 3.2])
+def test_the_figure_labels_every_point_and_no_label_covers_another(slower):
+    _, labels = figure._figure(measured(slower))
+    assert len(labels) == 2
+    for axes, boxes in labels.items():
+        assert len(boxes) == len(axes.texts) == 16
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert axes.get_xscale() == "log"
+        inside = axes.get_window_extent()
+        assert all(inside.x0 <= b.x0 and b.x1 <= inside.x1 and inside.y0 <= b.y0 and b.y1 <= inside.y1 for b in boxes)
+
+
+def test_the_figure_says_that_the_accuracies_are_the_papers():
+    result = measured(1.0, ("training",))
+    drawn, labels = figure._figure(result)
+    assert "accuracy as the paper reports it" in drawn.get_suptitle()
+    assert "the paper's, not measured here" in next(iter(labels)).get_ylabel()
+    assert "Top-1: the figures of the paper" in drawn.get_supxlabel().replace("\n", " ")
+    families = figure.points(result, "float32", "training")
+    assert families["EfficientNet"][-1] == (pytest.approx(6.02), 84.7, "B7, 600 px (3.2x)")
+    assert families["LambdaResNet"][0] == (pytest.approx(0.058), 77.4, "50, 128 px")
+
+
+def test_the_figure_is_drawn_from_a_file(monkeypatch, tmp_path):
+    source, target = tmp_path / "model.json", tmp_path / "pairs.png"
+    source.write_text(json.dumps(measured(1.0)))
+    monkeypatch.setattr("sys.argv", ["figure", str(source), str(target)])
+    figure.main()
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no rows of the figure's pairs among the 0"):
+        figure.draw({**measured(1.0), "rows": []})
+
+
+# --- op.py and peers.py ---
+
+
+@pytest.mark.parametrize("scope", [3, 23, None])
+def test_every_peer_computes_our_layers_function(scope):
+    torch.manual_seed(0)
+    layers = peers.contenders(5, 16, scope)
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    want = layers["auto"].double().eval()(x)
+    assert set(peers.PEERS) <= set(layers)
+    for name in peers.PEERS:
+        assert torch.allclose(layers[name].double().eval()(x), want, rtol=1e-10, atol=1e-10), name
+
+
+def test_the_fastest_peer_is_named_and_ours_is_the_faster_of_its_two_forms():
+    found = op.ratios(
+        {"timm": 8.0, "conv2d": 5.0, "conv2d compiled": 4.0, "auto": 2.0, "auto compiled": 1.0, "conv": 0.5}
+    )
+    assert found == {"times_timm": 4.0, "times_fastest": 4.0, "fastest": "conv2d compiled", "ours": "auto compiled"}
+    assert op.ratios({"plain einsum": 3.0, "auto": 2.0}) == {
+        "times_fastest": 1.5, "fastest": "plain einsum", "ours": "auto"
+    }  # fmt: skip
+
+
+def cell(side: int, scope: int | None, dtype: str = "float32", **measured_there: float) -> dict:
+    peak = {"auto": measured_there.pop("peak_mb")} if "peak_mb" in measured_there else {}
+    ms = {"auto": 1.3, "scores": 1.0, "lambdas": 1.2}
+    return {"side": side, "dim": 3584 // side, "scope": scope, "dtype": dtype, "backward": False, "peak_mb": peak,
+            "auto_takes": "lambdas" if side == 64 else "scores", "ms": ms, **measured_there}  # fmt: skip
+
+
+def test_the_aims_of_the_layer_stand_beside_what_was_measured():
+    rows = [
+        cell(7, 23, times_fastest=4.0, times_timm=9.9), cell(14, None, times_fastest=2.4, times_timm=4.1),
+        cell(28, 23, times_fastest=1.2, times_timm=3.0), cell(56, 23, times_fastest=0.99, times_timm=3.0),
+        cell(56, 7, times_fastest=1.0, times_timm=3.0),
+        cell(64, None, times_fastest=2.0, peak_mb=64**4 * 16 * 4 / 8e6 + 1),
+    ]  # fmt: skip
+    found = op.summary(rows, "cpu")
+    missed = {(aim["cell"].split(" float32")[0], aim["what"]) for aim in found["aims"] if not aim["met"]}
+    assert missed == {
+        ("7² d512 r=23", "times_timm"), ("14² d256 r=all", "times_fastest"), ("56² d64 r=23", "times_fastest"),
+        ("64² d56 r=all", "peak_mb"), ("the better of 28² and 56², r=23", "times_fastest"),
+        ("plan", "cells where auto is within 15% of the best, share"),
+    }  # fmt: skip
+    timm_ratios = [9.9, 4.1, 3.0, 3.0, 3.0]
+    assert found["geometric_mean_times_timm"] == {"float32 fwd": round(statistics.geometric_mean(timm_ratios), 2)}
+    assert found["aims"][-1] == {"cell": "plan", "what": "auto's time over the best strategy's, worst cell",
+                                 "measured": 1.2, "aim": 1.5, "met": True}  # fmt: skip
+    grid = op.summary([cell(14, 7, times_fastest=1.0, times_timm=5.9)] * len(op.SHAPES), "cpu")["aims"]
+    assert {aim["what"]: aim["met"] for aim in grid if "geometric" in aim["cell"]} == {"times_timm": False}
+    assert op.aims(cell(7, 23, "bfloat16"), "cpu") == {"times_fastest": 4.0, "times_timm": 12.0}
+    assert op.aims(cell(7, 23, "bfloat16"), "cuda") == {"times_fastest": 5.0}
+
+
+def test_a_peer_that_does_not_compile_is_reported_and_left_out(monkeypatch, capsys):
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(op, "compiled", lambda layer, device, training: Fails())
+    rows = op.bench_shape(4, 16, 3, 2, torch.float32, "cpu", 0.0, True)
+    for made in rows:
+        assert set(made["left_out"]) == {"timm compiled", "plain einsum compiled", "conv2d compiled", "auto compiled"}
+        assert {"timm", "plain einsum", "conv2d", "auto"} <= set(made["ms"])
+        assert made["times_fastest"] > 0
+    assert "conv2d compiled is left out at 4², d 16: RuntimeError: no working" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_peers_and_ours_compile_and_agree_with_the_reference():
+    for made in op.bench_shape(4, 16, 3, 2, torch.float32, "cpu", 0.0, True):
+        assert made["left_out"] == {}
+        assert {f"{name} compiled" for name in ("timm", "plain einsum", "conv2d", "auto")} <= set(made["ms"])
+
+
+def test_without_a_compiler_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "g++ or clang++" in peers.why_not_compiled("cpu")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert "/nowhere/c++" in peers.why_not_compiled("cpu")
+    assert peers.why_not_compiled("cuda") is None
+
+
+def test_peak_memory_counts_what_a_call_leaves_behind_but_not_what_was_there():
+    kept = []
+    there = torch.zeros(1000)
+
+    def call():
+        if not kept:
+            kept.append(torch.zeros(300))
+        there.add_(1)
+        return (torch.zeros(50) + 1).sum()
+
+    assert op.peak_bytes(call, "cpu", [there]) == 4 * (300 + 50 + 50)
+
+
+def test_a_model_as_if_trained_shows_every_block():
+    x = torch.randn(2, 3, 32, 32)
+    net = public.as_if_trained(lambdanets.create_model("lambda_resnet_tiny"), x)
+    assert not net.training
+    assert all(m.weight.all() for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    assert math.isclose(net.forward_features(x).std().item(), 1, rel_tol=0.7)
