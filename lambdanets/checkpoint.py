@@ -4,6 +4,8 @@
     run.json              recipe, view, classes, where the data came from, versions, history, results
     curves.png            loss and accuracy by epoch, and the confusion matrix
     bad_samples.jsonl     images that training skipped, one a line, if there were any
+    step-N/               a checkpoint (steps.py)
+    .lock                 held by the process that trains
 
 A file is written beside its place, synchronised and renamed: a reader sees the old one or the new one, never a part.
 """
@@ -73,11 +75,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder, a rename say, on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
