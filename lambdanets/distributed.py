@@ -7,9 +7,9 @@ whatever lives on CPUs, NCCL the gradients of GPUs.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -60,6 +60,8 @@ class Ranks:
         if self.ranks == 1:
             return self
         store, rank, ranks = next(iter(dist.rendezvous("env://", self.rank, self.ranks)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
+        store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks)
         self._store = store
@@ -167,21 +169,16 @@ class Ranks:
                 raise LostProcess(f"rank {rank} failed: {text}")
 
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model whose backward pass averages the gradients over the ranks (DDP).
-
-        Unused parameters are looked for although there are none, because DDP then keeps its first buckets. It would
-        rearrange them after a step, and with them the order of the ring's sums: a resumed run, a step late to do so,
-        would differ from the run that it continues.
-        """
+        """The model whose backward pass averages the gradients over the ranks (DDP)."""
         if self.ranks == 1:
             return model
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        # `average_` keeps the buffers equal, and uses every rank's batch. The older argument warns in newer torch.
+        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # `average_` keeps them equal, and uses every rank's batch
-            find_unused_parameters=True,
             gradient_as_bucket_view=True,
+            **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
         )
 
     def average_(self, tensors: Iterable[Tensor]) -> None:

@@ -87,6 +87,7 @@ class Learner:
         self.model = prepare(model, recipe, device, ranks)
         self.optimizer = optim.optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+        self._unscaled = False  # whether the scaler has seen gradients that it is to be updated for
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
         self._buffers = list(model.buffers())
         self._buffers_before = [b.clone() for b in self._buffers]
@@ -95,8 +96,19 @@ class Learner:
                 block.forward = functools.partial(_recomputed, block, block.forward)
 
     def parallelise(self, *, compile_model: bool = False) -> None:
-        """Join the other ranks, once the weights are there. All ranks call it; then torch.compile, on request."""
+        """Join the other ranks, once the weights are there. All ranks call it; then torch.compile, on request.
+
+        DDP rearranges its buckets after the first backward pass, and with them the order in which a ring sums. That pass
+        is made here, on nothing: a resumed run would else differ from the run that it continues in its first step.
+        """
         self.parallel = self.ranks.parallel(self.model, self.device)
+        if self.ranks.ranks > 1:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+            train_mode(self.model, self.recipe)
+            side = self.recipe.image_px
+            images = torch.zeros(2, self.recipe.in_channels, side, side, dtype=self.dtype, device=self.device)
+            self.parallel(images).sum().backward()
+            self.leave_out()
         self.forward = torch.compile(self.parallel) if compile_model else self.parallel
 
     def gradients(self, images: Tensor, labels: Tensor, step: int) -> Gradients:
@@ -135,6 +147,7 @@ class Learner:
         if self.recipe.batch_norm == "local":
             self.ranks.average_(self._statistics)
         self.scaler.unscale_(self.optimizer)
+        self._unscaled = True
         found = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         loss_sum, right_sum, norm = torch.stack([total, right, found.to(total)]).tolist()  # one wait for the device
         return Gradients(loss_sum, int(right_sum), norm, self.scaler.get_scale())
@@ -148,13 +161,16 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(given, self.recipe.clip_norm, torch.tensor(norm, device=self.device))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._unscaled = False
         self.average.update(self.model, step)
 
     def leave_out(self) -> None:
         """Take the step back: the gradients are dropped, and batch norm's statistics are what they were before it."""
         self.optimizer.zero_grad()
         torch._foreach_copy_(self._buffers, self._buffers_before)
-        self.scaler.update()
+        if self._unscaled:
+            self.scaler.update()
+            self._unscaled = False
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""

@@ -54,7 +54,9 @@ class Children:
     def __init__(self, folder):
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lambdanets.train", "lambdanets.demo", "torch.distributed"])
+        self.context.set_forkserver_preload(
+            ["lambdanets.train", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+        )
         self.started = []
 
     def start(self, function, *args, **environment):
