@@ -75,7 +75,7 @@ def test_no_file_is_a_drawer_for_everything_or_longer_than_500_lines() -> None:
         assert len(path.read_text().splitlines()) <= 500, f"{name} is long: split it by what a reader looks for"
 
 
-def test_nothing_unpickles_evaluates_or_calls_a_shell() -> None:
+def test_r90_nothing_unpickles_evaluates_or_calls_a_shell() -> None:
     unsafe = re.compile(
         r"pickle\.load|weights_only\s*=\s*False|yaml\.load\(|\beval\(|shell\s*=\s*True|torch\.load\(|except:"
     )
