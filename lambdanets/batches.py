@@ -1,12 +1,15 @@
 """Images to batches of tensors: a pure function of (seed, epoch, sample id).
 
-One picture to one tensor (`View`, `training_transform`), then the batches of an epoch (`Batches`).  Training may
-replace an unreadable picture, and counts it; evaluation may not.
+One picture to one tensor (`View`, `training_transform`), the order of an epoch (`Order`), its batches (`Batches`), and
+what is done to a batch as a whole (`mix`).  Training may replace an unreadable picture, and counts it; evaluation may
+not.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -84,7 +88,12 @@ class View:
 
 
 def training_transform(
-    view: View, *, augment: str, randaugment_ops: int = 0, randaugment_magnitude: int = 0
+    view: View,
+    *,
+    augment: str,
+    randaugment_ops: int = 0,
+    randaugment_magnitude: int = 0,
+    erase_frac: float = 0.0,
 ) -> Callable[[Image.Image], Tensor]:
     """A function from picture to (C, H, W) float32 that draws from the ambient generators (`Batches` seeds them).
 
@@ -93,15 +102,19 @@ def training_transform(
     randaugment_magnitude  the published TensorFlow code's level, 3 to 15, 10 the end of its scale, each operation
              always applied: timm's RandAugment with p1.0 and mmax (torchvision's has another scale). Below 3 posterize
              would keep no bit
+    erase_frac  of the pictures: a random rectangle (2 to 33% of the area) becomes noise, after all else
     """
+    if not 0 <= erase_frac <= 1:
+        raise ValueError(f"erase_frac is {erase_frac}: it must lie between 0 and 1")
     if randaugment_ops < 0 or (randaugment_ops and not 3 <= randaugment_magnitude <= 15):
         asked = f"randaugment_ops is {randaugment_ops}, randaugment_magnitude {randaugment_magnitude}"
         raise ValueError(f"{asked}: 0 or more, and 3 to 15")
     if randaugment_ops and augment != "imagenet":
         raise ValueError(f"randaugment_ops is {randaugment_ops} with augment={augment!r}: it goes with 'imagenet' only")
     px, filter_ = view.image_px, v2.InterpolationMode(view.interpolation)
+    erase = [v2.RandomErasing(erase_frac, value="random")] if erase_frac else []
     if augment == "none":
-        return view.evaluate
+        return v2.Compose([view.evaluate, *erase]) if erase else view.evaluate
     if augment == "imagenet":
         steps = [v2.RandomResizedCrop(px, scale=(0.08, 1), interpolation=filter_), v2.RandomHorizontalFlip()]
         if randaugment_ops:
@@ -113,7 +126,54 @@ def training_transform(
         steps = [v2.Resize((px, px), filter_), v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=filter_)]
     else:
         raise ValueError(f"augment is {augment!r}: 'imagenet', 'digits' or 'none'")
-    return v2.Compose([view._in_mode, *steps, view._normalised])
+    return v2.Compose([view._in_mode, *steps, view._normalised, *erase])
+
+
+class Order:
+    """The ids 0..n_images-1 shuffled, a function of (seed, epoch); any part is computed when it is asked for.
+
+    Nothing is stored: a keyed Feistel network on the pairs (a, b) with id = a * columns + b permutes a little more than
+    n_images numbers, and a number beyond the last id is permuted again until it is one.
+
+    >>> Order(5, seed=0, epoch=0)[0:5].tolist()
+    [2, 4, 0, 1, 3]
+    """
+
+    _ROUNDS = 12  # places, and pairs of neighbours, look drawn by chance (chi-square) from 8 on
+
+    def __init__(self, n_images: int, *, seed: int, epoch: int) -> None:
+        self.n_images = n_images
+        self._columns = max(1, math.isqrt(max(0, n_images - 1)) + 1)
+        self._rows = -(-n_images // self._columns)
+        self._keys = [np.uint64(hash_of("order", seed, epoch, part)) for part in range(self._ROUNDS)]
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def __getitem__(self, part: slice) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The ids at these places, int64."""
+        ids = self._permuted(np.arange(*part.indices(self.n_images), dtype=np.uint64))
+        while (outside := ids >= self.n_images).any():  # ends: the walk follows the cycle that a place of ours is on
+            ids[outside] = self._permuted(ids[outside])
+        return ids.astype(np.int64)
+
+    def _permuted(self, ids: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
+        row, column = np.divmod(ids, columns)
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                row = (row + _scrambled(column, key) % rows) % rows
+            else:
+                column = (column + _scrambled(row, key) % columns) % columns
+        return row * columns + column
+
+
+def _scrambled(values: np.ndarray[Any, np.dtype[np.uint64]], key: np.uint64) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """64 bits from 64 bits: the finishing steps of splitmix64, whose every output bit depends on every input bit."""
+    values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key  # wraps, as arrays of unsigned numbers do
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class Batch(NamedTuple):
@@ -177,19 +237,55 @@ class _Reader:
         raise BadData(f"{self.images.names[index]} and {_SUBSTITUTES - 1} substitutes in a row cannot be read")
 
 
+@dataclass
+class _Keys:
+    """(epoch, this rank's ids) of each batch of the epoch under way, made when it is asked for."""
+
+    n_images: int
+    batch_images: int
+    training: bool
+    seed: int
+    rank: int
+    ranks: int
+    epoch: int = 0
+    first_batch: int = 0
+
+    def __len__(self) -> int:
+        n, b = self.n_images, self.batch_images
+        if self.training:
+            return max(1, n // b)
+        return n // b * bool(self._part(b)) + bool(self._part(n % b))
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch, n, b = self.epoch, self.n_images, self.batch_images
+        order = Order(n, seed=self.seed, epoch=epoch)
+        for batch in range(self.first_batch, max(1, n // b) if self.training else -(-n // b)):
+            part = self._part(min(b, n - batch * b))
+            if part:
+                mine = slice(batch * b + part.start, batch * b + part.stop)
+                yield epoch, order[mine].tolist() if self.training else list(range(mine.start, mine.stop))
+
+    def _part(self, batch_images: int) -> range:
+        """Which images of a batch of that many this rank reads."""
+        return range(self.rank * batch_images // self.ranks, (self.rank + 1) * batch_images // self.ranks)
+
+
 class Batches:
     """The batches of an epoch: order, augmentation and substitutes are a function of (seed, epoch, sample id) alone.
 
     images        what to read; its labels are checked here (BadData)
     view          picture -> tensor
-    batch_images  images in a batch
+    batch_images  images in a batch, of all ranks together
     training      False: every image once, in order; an unreadable one raises BadImage.  True: shuffled, augmented,
                   unreadable ones replaced, every batch full (a set smaller than a batch is one smaller batch)
     seed          of order and augmentation
-    augment, randaugment_ops, randaugment_magnitude   see `training_transform`; used in training only
+    augment, randaugment_ops, randaugment_magnitude, erase_frac   see `training_transform`; used in training only
     workers       processes that read; 0 reads here; the number does not change one bit of the result
     max_bad_frac  of the data set: more unreadable pictures than this (and more than one) raise BadData
-    bad_file      where each unreadable picture is appended once, as a JSON line {"name", "reason"}
+    bad_file      where each unreadable picture is appended once, as a JSON line {"name", "reason"}; ranks may share it
+    rank, ranks   this process reads its part of each batch: images rank * b // ranks to (rank + 1) * b // ranks of the
+                  b in it, so another number of ranks sees the same batches.  In evaluation the parts may differ in
+                  length, and an empty one is left out
     """
 
     bad: dict[str, str]
@@ -206,26 +302,39 @@ class Batches:
         augment: str = "none",
         randaugment_ops: int = 0,
         randaugment_magnitude: int = 0,
+        erase_frac: float = 0.0,
         workers: int = 0,
         max_bad_frac: float = 0.001,
         bad_file: Path | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if batch_images < 1 or workers < 0 or not 0 <= max_bad_frac <= 1:
             asked = f"batch_images is {batch_images}, workers {workers}, max_bad_frac {max_bad_frac}"
             raise ValueError(f"{asked}: 1 or more, 0 or more, and 0 to 1")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank} of {ranks} ranks: 0 or more, and below the number of ranks")
         if len(images) < 1 + training:  # batch norm on a 1 x 1 map cannot use a batch of one
             raise BadData(f"{len(images)} image(s) to {'train on: two' if training else 'evaluate: one'} at least")
+        if training and min(batch_images, len(images)) < ranks:
+            asked = f"batch_images is {batch_images}, of {len(images):,} images, for {ranks} ranks"
+            raise ValueError(f"{asked}: every rank needs one at least; ask for larger batches or fewer ranks")
         check_labels(images)
+        self.rank, self.ranks = rank, ranks
         self.images, self.view, self.batch_images, self.training = images, view, batch_images, training
         self.seed, self.max_bad_frac, self.bad_file = seed, max_bad_frac, bad_file
         self.bad = {}
-        self._listed = _listed(bad_file)
         transform: Callable[[Image.Image], Tensor] = view.evaluate
         if training:
-            ops, magnitude = randaugment_ops, randaugment_magnitude
-            transform = training_transform(view, augment=augment, randaugment_ops=ops, randaugment_magnitude=magnitude)
+            transform = training_transform(
+                view,
+                augment=augment,
+                randaugment_ops=randaugment_ops,
+                randaugment_magnitude=randaugment_magnitude,
+                erase_frac=erase_frac,
+            )
         self._reader = _Reader(images, transform, training, seed)
-        self._keys: list[tuple[int, list[int]]] = []  # of the epoch under way: the sampler of the loader below
+        self._keys = _Keys(len(images), batch_images, training, seed, rank, ranks)  # the sampler of the loader below
         self._epochs_started = 0
         self._source: Iterable[_Result] | None = None
         if workers:
@@ -240,19 +349,12 @@ class Batches:
             )
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        if self.training:
-            return max(1, len(self.images) // self.batch_images)
-        return -(-len(self.images) // self.batch_images)
+        """Batches in an epoch: in training the same on every rank, in evaluation those that hold an image of ours."""
+        return len(self._keys)
 
     def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from `first_batch` on (a resumed run reads nothing twice); one epoch at a time."""
-        ids = list(range(len(self.images)))
-        if self.training:
-            shuffle = torch.Generator().manual_seed(hash_of("order", self.seed, epoch))
-            ids = torch.randperm(len(ids), generator=shuffle).tolist()
-        starts = range(first_batch * self.batch_images, len(self) * self.batch_images, self.batch_images)
-        self._keys[:] = [(epoch, ids[start : start + self.batch_images]) for start in starts]
+        self._keys.epoch, self._keys.first_batch = epoch, first_batch
         self._epochs_started = started = self._epochs_started + 1
         for result in self._source if self._source is not None else map(self._reader.__getitem__, self._keys):
             if started != self._epochs_started:
@@ -269,9 +371,7 @@ class Batches:
             return
         self.bad.update(new)
         if self.bad_file is not None:
-            lines = [json.dumps({"name": name, "reason": new[name]}) for name in new if name not in self._listed]
-            with self.bad_file.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+            _list_bad(self.bad_file, new)
         allowed = max(1, int(self.max_bad_frac * len(self.images)))
         if len(self.bad) > allowed:
             found = f"{len(self.bad):,} of {len(self.images):,} training images cannot be read, {allowed:,} allowed"
@@ -285,12 +385,59 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _listed(bad_file: Path | None) -> set[str]:
-    """The names that an earlier run wrote already."""
-    if bad_file is None or not bad_file.exists():
-        return set()
-    text = bad_file.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):  # a kill cut the last line short: that name is written again
-        text = text[: text.rfind("\n") + 1]
-        bad_file.write_text(text, encoding="utf-8")
-    return {json.loads(line)["name"] for line in text.splitlines()}
+def _list_bad(bad_file: Path, bad: dict[str, str]) -> None:
+    """Appends those of `bad` that the file lacks; an earlier run may have written it, other ranks write it too."""
+    with bad_file.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if text and not text.endswith("\n"):  # a kill cut the last line short: that name is written again
+            text = text[: text.rfind("\n") + 1]
+            file.truncate(len(text.encode()))
+        listed = {json.loads(line)["name"] for line in text.splitlines()}
+        lines = [json.dumps({"name": name, "reason": bad[name]}) for name in bad if name not in listed]
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def mix(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    seed: int,
+    step: int,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Mixup or cutmix of neighbours in a batch (timm's): images (b, C, H, W) and targets (b, classes) that sum to 1.
+
+    images, labels  (b, C, H, W) floats and (b,) classes, on any device, left as they are
+    seed, step      decide everything drawn: the share and the rectangle are those of the step, on every rank, and image
+                    2j is mixed with 2j + 1; so ranks that hold even parts of a batch compute what one process would
+    mixup_alpha, cutmix_alpha  of the Beta distribution of the share; 0: never; with both above 0 a step takes either
+
+    An odd last image stays alone.  Label smoothing is the loss's (cross_entropy takes these targets and smooths them).
+
+    >>> labels = torch.tensor([0, 1, 2, 0])
+    >>> images, targets = mix(torch.rand(4, 3, 8, 8), labels, classes=3, seed=0, step=7, cutmix_alpha=1.0)
+    >>> images.shape, targets.sum(dim=1)
+    (torch.Size([4, 3, 8, 8]), tensor([1., 1., 1., 1.]))
+    """
+    if mixup_alpha < 0 or cutmix_alpha < 0:
+        raise ValueError(f"mixup_alpha is {mixup_alpha}, cutmix_alpha {cutmix_alpha}: 0 or more")
+    targets = torch.nn.functional.one_hot(labels, classes).float()
+    if len(images) < 2 or not (mixup_alpha or cutmix_alpha):
+        return images, targets
+    even = len(images) // 2 * 2
+    # timm mixes image i with b - 1 - i: in this order those are neighbours.
+    order = torch.cat([torch.arange(0, even, 2), torch.arange(1, even, 2).flip(0)]).to(images.device)
+    timms = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0, num_classes=classes)
+    ambient = np.random.get_state()  # noqa: NPY002  # where timm draws from
+    try:
+        np.random.seed(hash_of("mix", seed, step) % 2**32)  # noqa: NPY002
+        mixed, mixed_targets = timms(images[order], labels[order])
+    finally:
+        np.random.set_state(ambient)  # noqa: NPY002
+    images, targets = images.clone(), targets.to(mixed_targets.dtype)
+    images[order], targets[order] = mixed, mixed_targets
+    return images, targets

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import warnings
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"})
@@ -30,6 +32,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SYSTEM_NAMES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"})
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 SHOWN = 10  # names in a message
+_CHUNK_IMAGES = 1 << 20
 _LAYOUTS = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg"
 # EXIF tag 0x0112 -> what turns the stored picture upright.  ImageOps.exif_transpose rewrites all tags besides, and
 # fails where one of the others is broken.
@@ -157,6 +160,13 @@ class Images(ABC):
     @abstractmethod
     def load(self, index: int) -> Image.Image:
         """The picture, mode "RGB" or "L"; raises BadImage."""
+
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change with the classes, any name, any label and their order."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for name, label in zip(self.names, self.labels, strict=True):
+            digest.update(f"\n{label} {name}".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -356,6 +366,8 @@ def check_labels(images: Images) -> None:
     if len(images.labels) != len(images.names):
         raise BadData(f"{len(images.names):,} names but {len(images.labels):,} labels")
     last = len(images.classes) - 1
-    for name, label in zip(images.names, images.labels, strict=True):
-        if not 0 <= label <= last:
+    for start in range(0, len(images.labels), _CHUNK_IMAGES):  # in parts: 130 million labels may be a file
+        labels = np.asarray(images.labels[start : start + _CHUNK_IMAGES])
+        if (wrong := np.flatnonzero((labels < 0) | (labels > last))).size:
+            name, label = images.names[start + int(wrong[0])], labels[wrong[0]]
             raise BadData(f"{name} has the label {label}: labels run from 0 to {last} ({last + 1} classes)")

@@ -640,6 +640,78 @@ def test_randaugment_fills_what_it_uncovers_with_grey():
         assert torch.equal(picture, picture[:, :1, :1].expand_as(picture))
 
 
+def test_erasing_makes_a_rectangle_of_noise_by_the_seed_and_leaves_the_rest():
+    plain = batching.training_transform(COLOUR, augment="none")
+    never = batching.training_transform(COLOUR, augment="none", erase_frac=0.0)
+    assert torch.equal(never(noise()), plain(noise()))
+    half = batching.training_transform(replace(COLOUR, image_px=32), augment="imagenet", erase_frac=0.5)
+    whole = batching.training_transform(replace(COLOUR, image_px=32), augment="imagenet")
+    erased = 0
+    for seed in range(60):
+        seeded(seed)
+        before = whole(noise())
+        seeded(seed)
+        after = half(noise())
+        seeded(seed)
+        assert torch.equal(half(noise()), after)
+        changed = (after != before).any(dim=0)
+        if changed.any():
+            erased += 1
+            rows, columns = changed.any(dim=1).nonzero(), changed.any(dim=0).nonzero()
+            box = changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert box.all()
+            assert 0.01 < box.numel() / changed.numel() < 0.4
+    assert 18 <= erased <= 42
+    with pytest.raises(ValueError, match=r"erase_frac is 1\.5"):
+        batching.training_transform(COLOUR, augment="imagenet", erase_frac=1.5)
+
+
+MIXES = [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}]
+
+
+@pytest.mark.parametrize("alphas", MIXES, ids=["mixup", "cutmix", "either"])
+def test_r4_mixing_is_a_function_of_seed_and_step_on_any_number_of_ranks(alphas):
+    images = torch.rand(8, 3, 16, 16)
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    kept = images.clone()
+    seen = set()
+    for step in range(6):
+        mixed, targets = batching.mix(images, labels, classes=8, seed=3, step=step, **alphas)
+        torch.manual_seed(step)
+        np.random.seed(step)  # noqa: NPY002
+        ambient = np.random.get_state()[1].tolist()  # noqa: NPY002
+        parts = [
+            batching.mix(images[a : a + 2], labels[a : a + 2], classes=8, seed=3, step=step, **alphas)
+            for a in range(0, 8, 2)
+        ]
+        assert torch.equal(torch.cat([part[0] for part in parts]), mixed)
+        assert torch.equal(torch.cat([part[1] for part in parts]), targets)
+        assert np.random.get_state()[1].tolist() == ambient  # noqa: NPY002
+        share = targets[0, 0].item()
+        seen.add(round(share, 6))
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+        for one, other in ((0, 1), (1, 0), (6, 7)):  # neighbours, in the shares that the targets state
+            torch.testing.assert_close(targets[one, other], torch.tensor(1 - share))
+            blend = share * images[one] + (1 - share) * images[other]
+            cut = (mixed[one] == images[other]).all(dim=0)
+            assert torch.allclose(mixed[one], blend, atol=1e-6) or abs(cut.float().mean().item() - (1 - share)) < 1e-6
+    assert len(seen) > 3
+    assert torch.equal(images, kept)
+
+
+def test_nothing_is_mixed_unasked_and_an_odd_last_image_stays():
+    images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    same_images, targets = batching.mix(images, labels, classes=3, seed=0, step=0)
+    assert same_images is images
+    assert torch.equal(targets.argmax(dim=1), labels)
+    mixed, targets = batching.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=1.0)
+    assert torch.equal(mixed[4], images[4])
+    assert targets[4].tolist() == [0, 1, 0]
+    assert not torch.equal(mixed[3], images[3])
+    with pytest.raises(ValueError, match="mixup_alpha is -1"):
+        batching.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=-1)
+
+
 def test_no_augmentation_is_the_view_of_evaluation():
     assert torch.equal(batching.training_transform(COLOUR, augment="none")(noise()), COLOUR.evaluate(noise()))
 
@@ -704,6 +776,73 @@ def test_training_batches_are_full_and_no_image_repeats(n_images, batch_images, 
     for batch in seen:
         assert batch.labels.tolist() == [index % 3 for index in batch.ids]
         assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == batch.ids
+
+
+@pytest.mark.parametrize("n_images", [2, 3, 5, 64, 101, 4097])
+def test_the_order_is_a_permutation_computed_in_any_part(n_images):
+    for seed, epoch in ((0, 0), (0, 1), (3, 0)):
+        order = batching.Order(n_images, seed=seed, epoch=epoch)
+        whole = order[0:n_images]
+        assert sorted(whole.tolist()) == list(range(n_images))
+        assert [order[start : start + 7].tolist() for start in range(0, n_images, 7)] == [
+            whole[start : start + 7].tolist() for start in range(0, n_images, 7)
+        ]
+
+
+def test_the_order_looks_drawn_by_chance():
+    n, epochs = 32, 1500
+    places, neighbours = np.zeros((n, n)), np.zeros((n, n))
+    for epoch in range(epochs):
+        ids = batching.Order(n, seed=1, epoch=epoch)[0:n]
+        places[np.arange(n), ids] += 1
+        neighbours[ids[:-1], ids[1:]] += 1
+    expected = epochs / n  # of each id at each place, and of each pair of neighbours
+    assert 0.8 < ((places - expected) ** 2 / expected).sum() / (n - 1) ** 2 < 1.2
+    pairs = neighbours[~np.eye(n, dtype=bool)]
+    assert 0.8 < ((pairs - expected) ** 2 / expected).sum() / (n * n - 2 * n) < 1.2  # 2 rounds instead of 12: above 50
+    five = {tuple(batching.Order(5, seed=0, epoch=epoch)[0:5].tolist()) for epoch in range(1500)}
+    assert len(five) == 120  # every order occurs
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_r4_r46_ranks_share_out_the_batches_of_one_process(training, ranks):
+    images = numbered(101)
+    whole = [b.ids for b in Batches(images, GREY, batch_images=25, training=training, seed=5).epoch(1)]
+    apart = [
+        Batches(images, GREY, batch_images=25, training=training, seed=5, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    parts = [[b.ids for b in batches.epoch(1)] for batches in apart]
+    assert [len(batches) for batches in apart] == [len(part) for part in parts]
+    if training:
+        assert [[index for part in parts for index in part[step]] for step in range(4)] == whole
+        assert parts[1][2:] == [b.ids for b in apart[1].epoch(1, first_batch=2)]
+    else:  # the last batch holds one image: one rank has it, the others have a batch less
+        assert sorted(index for part in parts for ids in part for index in ids) == list(range(101))
+        assert sorted(len(part) for part in parts) == [4] * (ranks - 1) + [5]
+        few = [Batches(numbered(2), GREY, batch_images=8, training=False, rank=r, ranks=ranks) for r in range(ranks)]
+        assert sorted(b.ids for batches in few for b in batches.epoch(0)) == ([[0], [1]])
+
+
+def test_impossible_ranks_are_refused():
+    for rank, ranks in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank is {rank} of {ranks}"):
+            Batches(numbered(9), GREY, batch_images=4, training=True, rank=rank, ranks=ranks)
+    with pytest.raises(ValueError, match="batch_images is 3, of 9 images, for 4 ranks"):
+        Batches(numbered(9), GREY, batch_images=3, training=True, rank=0, ranks=4)
+
+
+def test_a_fingerprint_changes_with_classes_names_labels_and_order():
+    images = numbered(9)
+    other = [
+        replace(images, classes=("class0", "class1", "class9")),
+        replace(images, names=[*images.names[:-1], "else.png"]),
+        replace(images, labels=[*images.labels[:-1], 0]),
+        replace(images, names=images.names[::-1], labels=images.labels[::-1]),
+    ]
+    assert len({x.fingerprint() for x in (images, numbered(9), *other)}) == 5
+    assert numbered(9).fingerprint() == images.fingerprint()
 
 
 def test_too_few_images_and_impossible_sizes_are_refused():
