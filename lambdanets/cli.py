@@ -59,6 +59,10 @@ def _run(parsed: Namespace) -> int:
             return _train(given)
         if command == "predict":
             return _predict(given)
+        if command == "evaluate":
+            return _evaluate(given)
+        if command == "report":
+            return _report(given)
         from lambdanets.demo import demo
 
         demo(given.out, seed=given.seed, device=given.device)
@@ -115,6 +119,33 @@ def _predict(given: Namespace) -> int:
     return 1 if failed else 0
 
 
+def _evaluate(given: Namespace) -> int:
+    from lambdanets.distributed import Ranks
+    from lambdanets.results import evaluate_run
+    from lambdanets.start import choose_device
+
+    found = evaluate_run(
+        given.run,
+        given.data,
+        out=given.out,
+        batch_images=given.batch_images,
+        workers=given.workers,
+        device=choose_device(given.device, Ranks()),
+        exclude_bad=given.exclude_bad,
+    )
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(found)
+    return 0
+
+
+def _report(given: Namespace) -> int:
+    from lambdanets.results import write_report
+    from lambdanets.start import choose_device
+
+    print(write_report(given.run, device=choose_device(given.device), workers=given.workers))
+    return 0
+
+
 def _plan(model: str, image_px: int) -> int:
     from lambdanets.cost import plan_text
 
@@ -168,6 +199,34 @@ def _parser() -> ArgumentParser:
     predict.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto")
     commands.add_subcommand("predict", predict, help="classify image files with a run")
 
+    evaluate = ArgumentParser(
+        description="A run's accuracy on a folder of images: top-1, top-5, loss, a table by class, every mistake. Each "
+        "image counts once, also under torchrun.",
+        epilog=_EXIT_CODES,
+    )
+    evaluate.add_argument("run", type=str, metavar="RUN", help="the folder of a run of `lambdanets train`")
+    evaluate.add_argument(
+        "--data",
+        type=str,
+        metavar="FOLDER",
+        help="FOLDER/val/CLASS/*.jpg, or all of FOLDER/CLASS/*.jpg; without it: the images that the run held out",
+    )
+    evaluate.add_argument("--batch-images", type=PositiveInt, help="images a batch: changes memory and time only")
+    evaluate.add_argument(
+        "--exclude-bad", action="store_true", help="leave out images that cannot be read, and say so; else an error"
+    )
+    evaluate.add_argument("--out", type=str, metavar="NEW", help="a new folder (without it: RUN/evaluation-NUMBER)")
+    _workers_and_device(evaluate)
+    commands.add_subcommand("evaluate", evaluate, help="a run's accuracy on a folder of images")
+
+    report = ArgumentParser(
+        description="Write RUN/report.html again, with the weights as they are now: also while the run goes on.",
+        epilog=_EXIT_CODES,
+    )
+    report.add_argument("run", type=str, metavar="RUN", help="the folder of a run, finished or not")
+    _workers_and_device(report)
+    commands.add_subcommand("report", report, help="curves, mistakes and speed of a run in one HTML file")
+
     models = ArgumentParser(description="Every model: name, parameters, GFLOPs.")
     commands.add_subcommand("models", models, help="list the models")
 
@@ -183,6 +242,11 @@ def _parser() -> ArgumentParser:
     _seed_and_device(demo)
     commands.add_subcommand("demo", demo, help="train on handwritten digits, then predict some")
     return parser
+
+
+def _workers_and_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
 
 
 def _seed_and_device(parser: ArgumentParser) -> None:

@@ -26,13 +26,15 @@ ROOMS = [
     {"data", "optim", "state"},
     {"batches"},
     {"evaluate", "checkpoint", "steps", "report"},
+    {"page"},
+    {"results"},
     {"train"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
 # These know nothing of the operation or the models.
-FREE_OF_MODELS = {"data", "batches", "optim", "evaluate", "report", "recipes.__init__"}
+FREE_OF_MODELS = {"data", "batches", "optim", "evaluate", "report", "page", "recipes.__init__"}
 
 
 def imports(name: str) -> set[str]:
