@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from PIL import Image
 
 CLASSES = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 50, 40)}
 TRAIN_IMAGES, BAD_IMAGES, VAL_IMAGES = 4_000, 2, 60
-BATCH_IMAGES, SAVE_STEPS = 64, 10
+BATCH_IMAGES, SAVE_STEPS = 64, 5
 LARGE_FILE_BYTES = 100_000  # of the limit that stands for a full disk; a checkpoint is larger
 KINDS = ("kill_one_rank", "sigterm", "full_disk", "flipped_bit", "kill_everything")
 TIMES = ("train_s", "data_wait_s", "images_per_s")  # what may differ between equal runs
@@ -58,10 +58,11 @@ def draw(root: Path) -> None:
 
 
 class Job:
-    """One start of the run under torchrun, in a session of its own; `said` is what it has printed so far."""
+    """One start of the run under torchrun; `said` is what it has printed so far."""
 
     def __init__(self, data: Path, run: Path, epochs: int, log: Path, *, resume: bool) -> None:
         self.run, self.log = run, log
+        self._sessions: set[int] = set()  # of the ranks: torchrun gives each its own, with its loader's processes
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lambdanets",
             "train", "--recipe", "folder", "--model", "lambda_resnet_tiny", "--image-px", "8", "--epochs", str(epochs),
@@ -91,20 +92,24 @@ class Job:
                 if parent == self.process.pid:
                     variables = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
                     found[int(variables["RANK"])] = int(entry.name)
+        self._sessions |= set(found.values())
         return [found[rank] for rank in sorted(found)]
 
-    def end(self, how: signal.Signals) -> None:
-        """Signal the whole session, and wait until it is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, how)
+    def kill(self) -> None:
+        """End all of it at once, as a power cut does, and wait until it is gone."""
+        self.ranks()
+        for session in (self.process.pid, *self._sessions):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(session, signal.SIGKILL)
         self.process.wait()
 
     def wait(self, limit_s: float) -> int:
         """The exit code; what outlives torchrun is killed. Raises TimeoutExpired."""
-        code = self.process.wait(limit_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return code
+        self.ranks()
+        try:
+            return self.process.wait(limit_s)
+        finally:
+            self.kill()
 
     def wait_for(self, what: str, limit_s: float, since: int = 0) -> bool:
         """Until it has printed that, after the first `since` characters, or ended."""
@@ -112,6 +117,7 @@ class Job:
         while time.monotonic() < deadline:
             if what in self.said[since:]:
                 return True
+            self.ranks()
             if not self.running():
                 return what in self.said[since:]
             time.sleep(0.1)
@@ -132,10 +138,12 @@ def whole_run(data: Path, run: Path, epochs: int, log: Path) -> float:
     return time.monotonic() - started
 
 
-def disturbed_run(data: Path, run: Path, epochs: int, logs: Path, every_s: float, limit_s: float) -> dict[str, Any]:
+def disturbed_run(
+    data: Path, run: Path, epochs: int, logs: Path, every_s: float, limit_s: float, seed: int
+) -> dict[str, Any]:
     """Train with a fault about every `every_s` seconds of training; gives what struck, and the restarts."""
-    of, struck, starts = random.Random(1), Counter[str](), 0
-    planned: Iterator[str] = (kind for _ in range(10**6) for kind in KINDS)
+    of, struck, starts = random.Random(seed), Counter[str](), 0
+    planned = itertools.cycle([*KINDS[seed % len(KINDS) :], *KINDS[: seed % len(KINDS)]])
     deadline = time.monotonic() + limit_s
     flipped, kind = False, next(planned)
     while True:
@@ -150,6 +158,7 @@ def disturbed_run(data: Path, run: Path, epochs: int, logs: Path, every_s: float
                 if time.monotonic() > deadline:
                     raise SystemExit(f"not done after {limit_s:.0f} s: {job.said[-3000:]}")
                 time.sleep(0.1)
+                job.ranks()
                 if len(set(steps(run)) - set(before)) >= 2:  # it trains, and a flipped bit has one to fall back to
                     break
             quiet = time.monotonic() + of.uniform(0.5, 1.5) * every_s
@@ -174,7 +183,7 @@ def disturbed_run(data: Path, run: Path, epochs: int, logs: Path, every_s: float
                         os.kill(of.choice(found), signal.SIGKILL)
                         struck[kind] += job.wait(60) != 0
                 else:
-                    job.end(signal.SIGKILL)
+                    job.kill()
                     struck["kill_everything"] += 1
                     if kind == "flipped_bit":
                         flip(run / f"step-{steps(run)[-1]}" / "tensors.safetensors", of)
@@ -184,7 +193,7 @@ def disturbed_run(data: Path, run: Path, epochs: int, logs: Path, every_s: float
             if code == 0:
                 break
         finally:
-            job.end(signal.SIGKILL)
+            job.kill()
     return {"starts": starts, "struck": {kind: struck[kind] for kind in KINDS}}
 
 
@@ -221,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="about how long all of it takes (default: 30)")
     parser.add_argument("--every-s", type=float, default=60, help="seconds of training between faults (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults' moments, and which kind is first")
     parser.add_argument("--out", type=Path, help="where to work, and leave the logs (default: a temporary folder)")
     given = parser.parse_args()
     root = given.out or Path(tempfile.mkdtemp(prefix="soak-"))
@@ -234,7 +244,8 @@ def main() -> int:
     print(f"{root}: {row['train_s'] / batches * 1e3:.0f} ms a step, {epochs} epochs of {batches} steps", flush=True)
     clean_s = whole_run(root / "data", root / "undisturbed", epochs, root / "undisturbed.log")
     started = time.monotonic()
-    found = disturbed_run(root / "data", root / "disturbed", epochs, root, given.every_s, 60 + 4 * 60 * given.minutes)
+    limit_s = 60 + 4 * 60 * given.minutes
+    found = disturbed_run(root / "data", root / "disturbed", epochs, root, given.every_s, limit_s, given.seed)
     wanted, got = outcome(root / "undisturbed"), outcome(root / "disturbed")
     result = {
         "epochs": epochs,
