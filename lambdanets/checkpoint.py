@@ -164,7 +164,7 @@ def open_run(folder: str | Path) -> Run:
             raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {path.name}")
     try:
         record: dict[str, Any] = json.loads(record_path.read_text())
-        recipe = Recipe(**record["recipe"])
+        recipe = Recipe.from_json(record["recipe"])
         view = View(**record["view"])
         classes = tuple(str(c) for c in record["classes"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -27,7 +27,7 @@ _WORDS = "why a rank left"
 
 
 class LostProcess(RuntimeError):
-    """A process that the run needs is gone or failed: another rank, or one that reads images. The message says which."""
+    """A process that the run needs is gone or failed: another rank, or one that reads images; the message names it."""
 
 
 class Ranks:

@@ -53,8 +53,10 @@ class Learner:
     recipe, classes   what is learnt; the first weights are drawn from torch's generator
     batch_images      images of a full batch, all ranks together
     seed              of dropout and mixing, with the step and the rank
-    channels_last, compile_model, recompute   how it is computed: memory format, torch.compile, and activations that are
-                      computed again in the backward pass instead of kept
+    init_from         where the first weights come from instead (`load_weights`); `began_from` says what was found
+    channels_last, recompute   how it is computed: memory format, and activations that are computed again in the
+                      backward pass instead of kept
+    Before the first step comes `parallelise`.
     """
 
     def __init__(
@@ -66,8 +68,8 @@ class Learner:
         seed: int,
         device: torch.device,
         ranks: Ranks,
+        init_from: str | Path | None = None,
         channels_last: bool = False,
-        compile_model: bool = False,
         recompute: bool = False,
     ) -> None:
         self.recipe, self.classes, self.seed, self.device, self.ranks = recipe, classes, seed, device, ranks
@@ -78,7 +80,9 @@ class Learner:
         if precision == "auto":
             precision = "bfloat16" if device.type == "cuda" else "float32"
         self._computed_in = _COMPUTED_IN.get(precision)
-        model = create(recipe, classes).to(device, self.dtype, memory_format=self.format)
+        model = create(recipe, classes)
+        self.began_from = None if init_from is None else load_weights(model, init_from)
+        model = model.to(device, self.dtype).to(memory_format=self.format)
         self.average = optim.RunningAverage(model, recipe.ema_decay)
         self.model = prepare(model, recipe, device, ranks)
         self.optimizer = optim.optimizer(model, recipe)
@@ -88,20 +92,15 @@ class Learner:
         self._buffers_before = [b.clone() for b in self._buffers]
         if recompute:
             for block in blocks(model):
-                block.forward = functools.partial(_recomputed, block, block.forward)  # type: ignore[method-assign]
-        self.parallel = ranks.parallel(self.model, device)
+                block.forward = functools.partial(_recomputed, block, block.forward)
+
+    def parallelise(self, *, compile_model: bool = False) -> None:
+        """Join the other ranks, once the weights are there. All ranks call it; then torch.compile, on request."""
+        self.parallel = self.ranks.parallel(self.model, self.device)
         self.forward = torch.compile(self.parallel) if compile_model else self.parallel
 
-    def train_mode(self) -> None:
-        """Put the model in training mode; batch norms of a "frozen" recipe stay as in evaluation."""
-        self.model.train()
-        if self.recipe.batch_norm == "frozen":
-            for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-
     def gradients(self, images: Tensor, labels: Tensor, step: int) -> Gradients:
-        """The gradient of the mean loss over all ranks' images, in the parameters' `grad`; weights are left as they are.
+        """The gradient of the mean loss over all ranks' images, in the parameters' `grad`; the weights stay.
 
         images, labels   (b, C, H, W) and (b,): this rank's part of the batch. It is taken in `accumulation` parts, each
                          with batch norm's own statistics; sums are divided by the images of the whole batch, so parts
@@ -197,6 +196,15 @@ def create(recipe: Recipe, classes: int) -> nn.Module:
     )
 
 
+def train_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Put the model in training mode; batch norms of a "frozen" recipe stay as in evaluation."""
+    model.train()
+    if recipe.batch_norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
 def prepare(model: nn.Module, recipe: Recipe, device: torch.device, ranks: Ranks) -> nn.Module:
     """The model with the batch norms that the recipe asks for, among several ranks."""
     return sync_batch_norm(model, device) if recipe.batch_norm == "sync" and ranks.ranks > 1 else model
@@ -204,8 +212,9 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device, ranks: Ranks
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks: what is recomputed as one."""
-    stages = model.stages  # timm's models have a module of that name, ours a method
-    return [block for stage in (stages if isinstance(stages, nn.Module) else stages()) for block in stage]  # type: ignore[operator,union-attr]
+    stages: Any = model.stages  # timm's models have a module of that name, ours a method
+    found: Any = stages if isinstance(stages, nn.Module) else stages()
+    return [block for stage in found for block in stage]
 
 
 def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
@@ -227,14 +236,14 @@ def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
 
     if not torch.is_grad_enabled():
         return forward(x)
-    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
 
 
-def load_weights(model: nn.Module, source: str | Path) -> tuple[str, str]:
+def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
     """Start `model` from weights that were trained before; a classifier for other classes stays new.
 
     source   a safetensors file with the names of `model.state_dict()`, or the folder of a run
-    returns  a line that says what was loaded, and the sha256 of the file
+    returns  `said`, a line on what was loaded; `source`; and `sha256` of the file
     Raises BadRun: no such file, not safetensors, not finite, names or shapes of another model (at most ten a kind).
     """
     path = Path(source)
@@ -266,8 +275,11 @@ def load_weights(model: nn.Module, source: str | Path) -> tuple[str, str]:
         raise BadRun(f"--init-from {mismatch(str(path), differing, missing, extra)}")
     model.load_state_dict(tensors, strict=False)
     new = not any(name in tensors for name in head)
-    classifier = f"its classifier is for other classes, so a new one for {len(own[head[-1]])} starts" if new else "all of it"
-    return f"weights from {path}: {classifier}", hashlib.sha256(content).hexdigest()
+    classifier = (
+        f"its classifier is for other classes, so a new one for {len(own[head[-1]])} starts" if new else "all of it"
+    )
+    said = f"weights from {path}: {classifier}"
+    return {"said": said, "source": str(source), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _classifier_name(model: nn.Module) -> str:

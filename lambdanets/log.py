@@ -29,7 +29,7 @@ class Log:
             check_tensorboard()
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `close`
 
     def write(self, step: int, **values: Any) -> None:

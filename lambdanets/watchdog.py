@@ -15,7 +15,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +64,7 @@ class Watchdog:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Watchdog:
-        self._file = open(self.stacks, "a")  # noqa: SIM115  # closed in __exit__
+        self._file = open(self.stacks, "a")  # closed in __exit__
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._asked) for number in _SIGNALS}
         # Loader processes are forks, so they write their stacks to the same file on the same signal.

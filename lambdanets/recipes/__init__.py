@@ -1,4 +1,7 @@
-"""Training runs written down: one dataclass, one function for each run worth repeating. Nothing here imports torch."""
+"""Training runs written down: one dataclass, one function for each run worth repeating. Nothing here imports torch.
+
+`Recipe` is what a run learns, `Options` how it is computed and watched.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ class Recipe:
     image_px            side of the square that the model sees, training and evaluation, pixels
     epochs              passes over the training images
     batch_images        images a step, of all processes together; the learning rate follows it
-    accumulation        parts that a process takes its share of a step in, one after the other: the same gradient in less
-                        memory, but for batch norm, whose statistics are those of a part
+    accumulation        parts that a process takes its share of a step in, one after the other: the same gradient in
+                        less memory, but for batch norm, whose statistics are those of a part
     lr_per_256          learning rate for 256 images a step; the peak rate is lr_per_256 * batch_images / 256
     warmup_epochs       linear from 0 to the peak; then a cosine to 0
     optimizer           "sgd", "adamw" or "lamb"
@@ -163,6 +166,46 @@ class Recipe:
     def with_epochs(self, epochs: int) -> Recipe:
         """The same run over another number of epochs: the warm-up keeps its share of it."""
         return replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is computed, saved, watched and shown. What it learns is the recipe's; a resumed run may change these.
+
+    save_minutes      minutes between checkpoints; 0: none by the clock
+    save_steps        steps between checkpoints; 0: none by the count
+    keep_checkpoints  newest ones that are kept
+    milestone_epochs  every so many epochs a checkpoint that is kept for ever; 0: none
+    skip_non_finite   steps in a row whose loss or gradient is not finite that are left out, at most 10; 0: the first
+                      ends the run
+    hang_timeout_s    seconds without a step, or a batch of the evaluation, after which the process writes its stacks
+                      and ends; 0: never
+    log_steps         steps between lines of log.jsonl
+    tensorboard       write its events too
+    channels_last     images and kernels with the channels innermost
+    compile_model     torch.compile
+    recompute         activations of a block are computed again in the backward pass instead of kept
+    """
+
+    save_minutes: float = 10.0
+    save_steps: int = 0
+    keep_checkpoints: int = 3
+    milestone_epochs: int = 0
+    skip_non_finite: int = 0
+    hang_timeout_s: float = 1800.0
+    log_steps: int = 10
+    tensorboard: bool = False
+    channels_last: bool = False
+    compile_model: bool = False
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        smallest = {"keep_checkpoints": 1, "log_steps": 1}
+        for name in ("save_minutes", "save_steps", "milestone_epochs", "hang_timeout_s", *smallest):
+            if not getattr(self, name) >= smallest.get(name, 0):
+                raise BadRecipe(f"{name} must be at least {smallest.get(name, 0)}, not {getattr(self, name)}")
+        if not 0 <= self.skip_non_finite <= 10:
+            raise BadRecipe(f"skip_non_finite must be in 0 to 10 steps, not {self.skip_non_finite}")
 
 
 def choose(
