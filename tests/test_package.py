@@ -23,7 +23,9 @@ ROOMS = [
     {"resnet"},
     {"cost", "weights"},
     {"recipes.__init__", "recipes.digits", "recipes.folder", "recipes.imagenet"},
-    {"data", "optim"},
+    {"optim"},
+    {"data", "archive", "shards"},  # data.folder opens a folder of shards
+    {"pack"},
     {"batches"},
     {"evaluate", "checkpoint", "report"},
     {"train"},
@@ -32,7 +34,7 @@ ROOMS = [
     {"__main__"},
 ]
 # These know nothing of the operation or the models.
-FREE_OF_MODELS = {"data", "batches", "optim", "evaluate", "report", "recipes.__init__"}
+FREE_OF_MODELS = {"data", "archive", "shards", "pack", "batches", "optim", "evaluate", "report", "recipes.__init__"}
 
 
 def imports(name: str) -> set[str]:
