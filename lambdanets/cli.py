@@ -56,6 +56,8 @@ def _run(parsed: Namespace) -> int:
         return 0
     if command == "plan":
         return _plan(given.model, given.image)
+    if command in ("pack", "index"):
+        return _shards(command, given)
 
     from lambdanets.checkpoint import BadRun
     from lambdanets.data import BadData, BadImage
@@ -173,6 +175,22 @@ def _report(given: Namespace) -> int:
     return 0
 
 
+def _shards(command: str, given: Namespace) -> int:
+    from lambdanets.data import BadData
+    from lambdanets.pack import SHARD_BYTES, index, pack
+
+    try:
+        if command == "pack":
+            sizes = {"max_side_px": given.max_side_px, "shard_bytes": given.shard_bytes or SHARD_BYTES}
+            print(pack(given.folder, given.out, workers=given.workers, **sizes))
+        else:
+            print(index(given.shards, out=given.out, classes=given.classes))
+        return 0
+    except BadData as error:
+        print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
+        return 2
+
+
 def _plan(model: str, image_px: int) -> int:
     from lambdanets.cost import plan_text
 
@@ -202,7 +220,8 @@ def _parser() -> ArgumentParser:
         "--data",
         type=str,
         metavar="FOLDER",
-        help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, of which a tenth is held out",
+        help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, a tenth of it held out; "
+        "or the folder or URL of `lambdanets pack`",
     )
     train.add_argument(
         "--recipe", type=RecipeName, help="without it: folder with --data, else digits; two are the paper's"
@@ -276,6 +295,27 @@ def _parser() -> ArgumentParser:
     report.add_argument("run", type=str, metavar="RUN", help="the folder of a run, finished or not")
     _workers_and_device(report)
     commands.add_subcommand("report", report, help="curves, mistakes and speed of a run in one HTML file")
+
+    pack = ArgumentParser(
+        description="Pack a folder of images into tar shards (WebDataset layout) with an index. After a fault, again: "
+        "finished shards are kept. Unreadable images are left out and listed in OUT/bad_samples.jsonl.",
+        epilog=_EXIT_CODES,
+    )
+    pack.add_argument("folder", type=str, metavar="FOLDER", help="as for `lambdanets train --data`; split as there")
+    pack.add_argument("out", type=str, metavar="OUT", help="a new folder: give it to `lambdanets train --data`")
+    pack.add_argument("--max-side-px", type=PositiveInt, metavar="N", help="shrink larger images to this longer side")
+    pack.add_argument("--shard-bytes", type=PositiveInt, metavar="N", help="largest shard, bytes (without it: 1 GiB)")
+    pack.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
+    commands.add_subcommand("pack", pack, help="pack a folder of images into tar shards")
+
+    index = ArgumentParser(
+        description="Index the tar shards of others, or compare every byte of indexed ones with their manifest.",
+        epilog=_EXIT_CODES,
+    )
+    index.add_argument("shards", type=str, metavar="SHARDS", help="a folder or URL with train-*.tar and val-*.tar")
+    index.add_argument("--out", type=str, metavar="FOLDER", help="where the index goes if SHARDS cannot be written")
+    index.add_argument("--classes", type=str, metavar="FILE", help="names of the classes, one a line")
+    commands.add_subcommand("index", index, help="index tar shards, or verify them")
 
     models = ArgumentParser(description="Every model: name, parameters, GFLOPs.")
     commands.add_subcommand("models", models, help="list the models")

@@ -33,6 +33,7 @@ from lambdanets.distributed import Ranks
 from lambdanets.evaluate import Scores, evaluate
 from lambdanets.page import Mistake, page, thumbnail
 from lambdanets.report import confusion_png
+from lambdanets.shards import is_shards
 
 EVALUATION_JSON = "evaluation.json"
 CONFUSION = "confusion.png"
@@ -246,11 +247,11 @@ def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
     try:
         divided = images_on_disk.folder(data).val
     except BadData:  # fit for no training: one class, say
-        if not root.is_dir():
+        if not root.is_dir() or is_shards(data):
             raise
     if divided is not None:
         own = str(root.resolve()) == record["data"]["source"] or divided.fingerprint() == _val_fingerprint(record)
-        if own or not root.is_dir() or (root / "manifest.json").is_file():
+        if own or is_shards(data):
             which = "that the run held out" if own else "of its val split"
             _refuse_unknown(divided.classes, classes, str(data))
             return _chosen(divided, range(len(divided)), classes), f"the {len(divided):,} images of {data} {which}"

@@ -23,8 +23,9 @@ ROOMS = [
     {"resnet"},
     {"cost", "weights"},
     {"recipes.__init__", "recipes.digits", "recipes.folder", "recipes.imagenet"},
-    {"data", "optim", "state"},
-    {"batches", "distributed", "watchdog"},
+    {"optim", "state"},
+    {"data", "archive", "shards"},  # data.folder opens a folder of shards
+    {"pack", "batches", "distributed", "watchdog"},
     {"evaluate", "checkpoint", "steps", "report"},
     {"page", "log", "learner"},
     {"results", "start"},
@@ -34,7 +35,8 @@ ROOMS = [
     {"__main__"},
 ]
 # These know nothing of the operation or the models.
-FREE_OF_MODELS = {"data", "batches", "optim", "evaluate", "report", "page", "recipes.__init__"}
+FREE_OF_MODELS = {"data", "archive", "shards", "pack", "batches", "optim", "evaluate", "report", "page"}
+FREE_OF_MODELS |= {"recipes.__init__"}
 
 
 def imports(name: str) -> set[str]:

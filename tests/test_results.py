@@ -24,6 +24,7 @@ from lambdanets.checkpoint import BadRun, open_run, save_weights, write_json
 from lambdanets.cli import main
 from lambdanets.data import BadData, BadImage
 from lambdanets.evaluate import evaluate
+from lambdanets.pack import pack
 from lambdanets.recipes import choose
 from lambdanets.results import _worst, evaluate_run, own_images, per_class, write_report
 
@@ -249,6 +250,14 @@ def test_a_folder_that_was_divided_for_training_is_judged_by_its_held_out_part_w
     assert {again.images.names[i] for i in again.scores.ids} - {held_out.names[i] for i in own.scores.ids} <= {
         "fox/new.png"
     }
+
+
+def test_shards_are_judged_as_the_folder_that_was_packed(made, tmp_path):
+    pack(made / "photos", tmp_path / "shards")
+    want = evaluate_run(made / "run", made / "photos", device=CPU).scores
+    found = evaluate_run(made / "run", tmp_path / "shards", device=CPU)
+    assert (found.scores.n, found.scores.confusion) == (want.n, want.confusion)
+    assert "of its val split" in found.how
 
 
 def test_held_out_images_that_changed_are_not_taken_for_the_runs(made):
