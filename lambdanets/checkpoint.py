@@ -3,6 +3,7 @@
     weights.safetensors   the evaluated weights of the last finished epoch
     run.json              recipe, view, classes, where the data came from, versions, history, results
     curves.png            loss and accuracy by epoch, and the confusion matrix
+    report.html           the page of the run
     bad_samples.jsonl     images that training skipped, one a line, if there were any
     step-N/               a checkpoint (steps.py)
     .lock                 held by the process that trains
