@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -108,7 +109,8 @@ def look(
             rank=ranks.rank,
             ranks=ranks.ranks,
         )
-        val_batches = Batches(
+        held_out = functools.partial(
+            Batches,
             val_images,
             view,
             batch_images=recipe.eval_batch_images,
@@ -118,7 +120,7 @@ def look(
             ranks=ranks.ranks,
         )
         if old is None:
-            for _ in val_batches.epoch(0):  # evaluation may skip none: what cannot be read is found now, not later
+            for _ in held_out().epoch(0):  # evaluation may skip none: what cannot be read is found now, not later
                 pass
     record: dict[str, Any] = {
         "status": "running",
@@ -141,7 +143,7 @@ def look(
         "starts": [],
         "history": [],
     }
-    return Start(recipe, options, folder, old, where, batches, val_batches, record)
+    return Start(recipe, options, folder, old, where, batches, held_out(), record)
 
 
 def _place(

@@ -147,6 +147,8 @@ def train(
                             Checkpoints(start.folder, keep_last=start.options.keep_checkpoints)
                         )
                     start.begin(learner.began_from)
+            with ranks.together():  # stacks and bad images are listed on the machine of the rank
+                start.folder.mkdir(parents=True, exist_ok=True)
             learner.parallelise(compile_model=start.options.compile_model)
             run = _Run(start, ranks, learner, store)
             run.go_on_from(state, asked=resume)
