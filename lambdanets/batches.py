@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms import v2
 
 from .data import SHOWN, BadData, BadImage, Images, Order, check_labels, hash_of, open_image
@@ -83,8 +83,10 @@ class View:
         return image if image.mode == mode else image.convert(mode)
 
     def _normalised(self, image: Image.Image) -> Tensor:
-        levels = v2.functional.pil_to_tensor(image).float().div_(255)
-        return v2.functional.normalize(levels, list(self.mean), list(self.std), inplace=True)
+        rows = np.asarray(image).reshape(image.height, image.width, self.in_channels)
+        levels = torch.from_numpy(rows.transpose(2, 0, 1).copy())  # bytes are moved, then made floats: 0.4 ms, not 0.65
+        mean, std = (torch.tensor(value)[:, None, None] for value in (self.mean, self.std))
+        return levels.float().div_(255).sub_(mean).div_(std)
 
 
 def training_transform(
@@ -183,7 +185,8 @@ class _Reader:
             torch.set_rng_state(ambient[0])
             random.setstate(ambient[1])
             np.random.set_state(ambient[2])  # noqa: NPY002
-        return _Result(Batch(torch.stack(tensors), torch.tensor(labels), used), bad)
+        # in a worker this stacks into shared memory: no second copy of 600 kB an image
+        return _Result(Batch(default_collate(tensors), torch.tensor(labels), used), bad)
 
     def _readable(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[Image.Image, int, int]:
         """The picture, its id and label; in training the first readable of a sequence fixed by (seed, epoch, index)."""
