@@ -156,6 +156,7 @@ class _Reader:
     def __getitem__(self, key: tuple[int, list[int]]) -> _Result:
         epoch, ids = key
         bad: dict[str, str] = {}
+        self.images.expect(ids)
         return self._batch(epoch, ids, (self._readable(epoch, index, bad) for index in ids), bad)
 
     def streamed(self, key: tuple[int, list[int]], source: Iterator[Streamed]) -> _Result:

@@ -162,6 +162,9 @@ class Images(ABC):
     def load(self, index: int) -> Image.Image:
         """The picture, mode "RGB" or "L"; raises BadImage."""
 
+    def expect(self, ids: Sequence[int]) -> None:  # noqa: B027  # sets on a disk do nothing
+        """These will be loaded next, in this process: a remote set begins to fetch them."""
+
     def label_parts(self) -> Iterator[np.ndarray[Any, np.dtype[np.integer[Any]]]]:
         """All labels, a million at a time."""
         for start in range(0, len(self.labels), CHUNK_IMAGES):
@@ -232,6 +235,16 @@ class FolderData:
     val: Images
     how: str
     ignored: dict[str, Ignored]
+
+
+def absolute(path: str | Path) -> str:
+    """What `folder` takes, written so that it means the same in another working folder; a URL stays as it is."""
+    from . import shards
+
+    text = str(path)
+    if text.startswith(shards.STREAM):
+        return shards.STREAM + absolute(text.removeprefix(shards.STREAM))
+    return text if "://" in text else str(Path(path).resolve())
 
 
 def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderData:

@@ -623,6 +623,15 @@ def test_r68_reads_that_fail_are_short_or_stall_are_retried_in_the_same_order(st
     assert remote.train.names[:] == data.folder(packed).train.names[:]
 
 
+def test_a_batch_waits_for_a_distant_store_only_a_few_times(store, monkeypatch):
+    monkeypatch.setattr(Unreliable, "dice", type("Best", (), {"random": lambda: time.sleep(0.05) or 1.0}))
+    train = data.folder("unreliable://bucket/set").train
+    batches_ = Batches(train, VIEW, batch_images=32, training=True)
+    started = time.monotonic()
+    next(batches_.epoch(0))
+    assert time.monotonic() - started < 0.8  # 32 answers of 0.05 s, 16 at a time; one after another 1.6 s
+
+
 def test_r68_a_store_that_stays_away_ends_the_run_with_an_error(store, monkeypatch):
     remote = data.folder("unreliable://bucket/set")
     monkeypatch.setattr(archive, "READ_ATTEMPTS", 4)
@@ -665,8 +674,9 @@ def test_shards_on_a_store_are_indexed_from_here(store, tmp_path):
     assert "train-00000.tar/train/" in found.train.names[0]
 
 
-def test_a_store_without_parts_of_files_says_how_to_stream(store, monkeypatch):
+def test_a_store_without_parts_of_files_says_how_to_stream(store, packed, monkeypatch):
     remote = data.folder("unreliable://bucket/set")
+    assert remote.train.fingerprint() == data.folder(packed).train.fingerprint()  # the place does not count
     monkeypatch.setattr(Unreliable, "ranges", False)
     with pytest.raises(BadData, match=r"serves no parts of files .* --data stream:unreliable://bucket/set"):
         remote.train.load(3)
@@ -791,6 +801,14 @@ def test_streaming_without_webdataset_says_what_to_install(packed, monkeypatch):
     found = data.folder(f"stream:{packed}")
     with pytest.raises(ImportError, match=r"pip install lambdanets\[stream\]"):
         list(Batches(found.train, VIEW, batch_images=9, training=True).epoch(0))
+
+
+def test_a_place_means_the_same_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data.absolute("photos") == str(tmp_path / "photos")
+    assert data.absolute("stream:photos/x") == f"stream:{tmp_path}/photos/x"
+    for url in ("s3://bucket/set", "stream:https://host/a//b"):
+        assert data.absolute(url) == url
 
 
 # ---- the command line, and size
