@@ -56,6 +56,8 @@ def _run(parsed: Namespace) -> int:
         return 0
     if command == "plan":
         return _plan(given.model, given.image)
+    if command in ("pack", "index"):
+        return _shards(command, given)
 
     from lambdanets.checkpoint import BadRun
     from lambdanets.data import BadData, BadImage
@@ -70,6 +72,10 @@ def _run(parsed: Namespace) -> int:
             return _train(given)
         if command == "predict":
             return _predict(given)
+        if command == "evaluate":
+            return _evaluate(given)
+        if command == "report":
+            return _report(given)
         from lambdanets.demo import demo
 
         demo(given.out, seed=given.seed, device=given.device)
@@ -142,6 +148,49 @@ def _predict(given: Namespace) -> int:
     return 1 if failed else 0
 
 
+def _evaluate(given: Namespace) -> int:
+    from lambdanets.distributed import Ranks
+    from lambdanets.results import evaluate_run
+    from lambdanets.start import choose_device
+
+    found = evaluate_run(
+        given.run,
+        given.data,
+        out=given.out,
+        batch_images=given.batch_images,
+        workers=given.workers,
+        device=choose_device(given.device, Ranks()),
+        exclude_bad=given.exclude_bad,
+    )
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(found)
+    return 0
+
+
+def _report(given: Namespace) -> int:
+    from lambdanets.results import write_report
+    from lambdanets.start import choose_device
+
+    print(write_report(given.run, device=choose_device(given.device), workers=given.workers))
+    return 0
+
+
+def _shards(command: str, given: Namespace) -> int:
+    from lambdanets.data import BadData
+    from lambdanets.pack import SHARD_BYTES, index, pack
+
+    try:
+        if command == "pack":
+            sizes = {"max_side_px": given.max_side_px, "shard_bytes": given.shard_bytes or SHARD_BYTES}
+            print(pack(given.folder, given.out, workers=given.workers, **sizes))
+        else:
+            print(index(given.shards, out=given.out, classes=given.classes))
+        return 0
+    except BadData as error:
+        print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
+        return 2
+
+
 def _plan(model: str, image_px: int) -> int:
     from lambdanets.cost import plan_text
 
@@ -171,7 +220,8 @@ def _parser() -> ArgumentParser:
         "--data",
         type=str,
         metavar="FOLDER",
-        help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, of which a tenth is held out",
+        help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, a tenth of it held out; "
+        "or the folder or URL of `lambdanets pack`",
     )
     train.add_argument(
         "--recipe", type=RecipeName, help="without it: folder with --data, else digits; two are the paper's"
@@ -218,6 +268,55 @@ def _parser() -> ArgumentParser:
     predict.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto")
     commands.add_subcommand("predict", predict, help="classify image files with a run")
 
+    evaluate = ArgumentParser(
+        description="A run's accuracy on a folder of images: top-1, top-5, loss, a table by class, every mistake. Each "
+        "image counts once, also under torchrun.",
+        epilog=_EXIT_CODES,
+    )
+    evaluate.add_argument("run", type=str, metavar="RUN", help="the folder of a run of `lambdanets train`")
+    evaluate.add_argument(
+        "--data",
+        type=str,
+        metavar="FOLDER",
+        help="FOLDER/val/CLASS/*.jpg, or all of FOLDER/CLASS/*.jpg; without it: the images that the run held out",
+    )
+    evaluate.add_argument("--batch-images", type=PositiveInt, help="images a batch: changes memory and time only")
+    evaluate.add_argument(
+        "--exclude-bad", action="store_true", help="leave out images that cannot be read, and say so; else an error"
+    )
+    evaluate.add_argument("--out", type=str, metavar="NEW", help="a new folder (without it: RUN/evaluation-NUMBER)")
+    _workers_and_device(evaluate)
+    commands.add_subcommand("evaluate", evaluate, help="a run's accuracy on a folder of images")
+
+    report = ArgumentParser(
+        description="Write RUN/report.html again, with the weights as they are now: also while the run goes on.",
+        epilog=_EXIT_CODES,
+    )
+    report.add_argument("run", type=str, metavar="RUN", help="the folder of a run, finished or not")
+    _workers_and_device(report)
+    commands.add_subcommand("report", report, help="curves, mistakes and speed of a run in one HTML file")
+
+    pack = ArgumentParser(
+        description="Pack a folder of images into tar shards (WebDataset layout) with an index. After a fault, again: "
+        "finished shards are kept. Unreadable images are left out and listed in OUT/bad_samples.jsonl.",
+        epilog=_EXIT_CODES,
+    )
+    pack.add_argument("folder", type=str, metavar="FOLDER", help="as for `lambdanets train --data`; split as there")
+    pack.add_argument("out", type=str, metavar="OUT", help="a new folder: give it to `lambdanets train --data`")
+    pack.add_argument("--max-side-px", type=PositiveInt, metavar="N", help="shrink larger images to this longer side")
+    pack.add_argument("--shard-bytes", type=PositiveInt, metavar="N", help="largest shard, bytes (without it: 1 GiB)")
+    pack.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
+    commands.add_subcommand("pack", pack, help="pack a folder of images into tar shards")
+
+    index = ArgumentParser(
+        description="Index the tar shards of others, or compare every byte of indexed ones with their manifest.",
+        epilog=_EXIT_CODES,
+    )
+    index.add_argument("shards", type=str, metavar="SHARDS", help="a folder or URL with train-*.tar and val-*.tar")
+    index.add_argument("--out", type=str, metavar="FOLDER", help="where the index goes if SHARDS cannot be written")
+    index.add_argument("--classes", type=str, metavar="FILE", help="names of the classes, one a line")
+    commands.add_subcommand("index", index, help="index tar shards, or verify them")
+
     models = ArgumentParser(description="Every model: name, parameters, GFLOPs.")
     commands.add_subcommand("models", models, help="list the models")
 
@@ -234,3 +333,8 @@ def _parser() -> ArgumentParser:
     demo.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
     commands.add_subcommand("demo", demo, help="train on handwritten digits, then predict some")
     return parser
+
+
+def _workers_and_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")

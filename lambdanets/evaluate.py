@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ class Scores:
     confusion    confusion[label][predicted]: images; the sum of all is n
     ids          the images' numbers in their data set, ascending
     predicted    the first class of each image, in the order of `ids`
+    losses       cross-entropy of each image, nats, in the order of `ids`
     """
 
     n: int
@@ -40,6 +41,7 @@ class Scores:
     confusion: list[list[int]]
     ids: list[int]
     predicted: list[int]
+    losses: list[float] = field(default_factory=list)
 
     @property
     def errors(self) -> int:
@@ -75,17 +77,18 @@ def evaluate(
     model.eval()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    found: list[tuple[int, int]] = []
+    found: list[tuple[int, int, float]] = []
     loss_sum, in_five, stopped = 0.0, 0, False
     with ranks.together():
         for images, labels, batch_ids in batches.epoch(0):
             logits = model(images.to(device, dtype)).cpu()  # (b, classes)
-            loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            loss_sum += losses.sum(dtype=torch.float64).item()
             first = logits.argmax(dim=1)
             confusion += torch.bincount(labels * classes + first, minlength=classes**2).view(classes, classes)
             if classes > 5:
                 in_five += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
-            found.extend(zip((int(i) for i in batch_ids), first.tolist(), strict=True))
+            found.extend(zip(map(int, batch_ids), first.tolist(), losses.tolist(), strict=True))
             if stopped := not go_on():
                 break
     model.train(was_training)
@@ -93,7 +96,7 @@ def evaluate(
     if stops:
         raise EvaluationStopped("the evaluation was stopped")
     confusion = ranks.sum_counts(confusion)
-    found = sorted((i, label) for part in ranks.all(found) for i, label in part)
+    found = sorted((i, label, loss) for part in ranks.all(found) for i, label, loss in part)
     n = len(found)
     if n == 0:
         raise ValueError("evaluate: the batches hold no image")
@@ -103,8 +106,9 @@ def evaluate(
         top5_frac=int(in_five_sum) / n if classes > 5 else None,
         loss=loss_sum / n,
         confusion=confusion.tolist(),
-        ids=[i for i, _ in found],
-        predicted=[label for _, label in found],
+        ids=[i for i, _, _ in found],
+        predicted=[label for _, label, _ in found],
+        losses=[loss for _, _, loss in found],
     )
 
 

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
+"""What a tensor may hold, and what the safetensors format calls it."""
+
 
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
     """A nested state as named tensors and a tree that JSON can hold; `unflatten` gives the same back, to the bit.
@@ -28,8 +36,9 @@ def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_quantized:
-                raise TypeError(f"{path} is a tensor of layout {value.layout}: only dense tensors can be saved")
+            if value.layout != torch.strided or value.dtype not in DTYPES:
+                found = f"{path or 'the state'} is a tensor of {value.dtype}, {value.layout}"
+                raise TypeError(f"{found}: dense ones of {', '.join(map(str, DTYPES))} can be saved")
             name = path or "tensor"
             while name in tensors or name == "__metadata__":  # {"a/b": x} beside {"a": {"b": x}}; safetensors' own
                 name += "'"

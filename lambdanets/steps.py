@@ -1,8 +1,8 @@
 """The checkpoints of a run: RUN/step-N, everything that training needs to go on after N steps, to the bit.
 
-    tensors-I.safetensors  the tensors of the state, in files of at most 256 MB
-    state.json             the rest of it, with the tensors' names in their places
-    manifest.json          size and sha256 of each file, and its own
+    tensors.safetensors  the tensors of the state
+    state.json           the rest of it, with the tensors' names in their places
+    manifest.json        size and sha256 of both, and its own
 
 No pickle on either way. A step folder is written beside its place, synchronised and renamed, and nothing is removed
 before its successor is in place: there is a complete checkpoint at every moment, whatever is killed or fails.
@@ -20,7 +20,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from lambdanets.checkpoint import BadRun, sync_folder
-from lambdanets.state import flatten, unflatten
+from lambdanets.state import DTYPES, flatten, unflatten
 
+TENSORS = "tensors.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -57,11 +58,7 @@ class Checkpoint:
     def load(self) -> Any:
         """The state that was saved, tensors on the CPU. Raises BadRun, naming the file, where it cannot be read."""
         try:
-            manifest = _manifest(self.path)
-            tensors: dict[str, Tensor] = {}
-            for name in manifest["files"]:
-                if name.endswith(".safetensors"):
-                    tensors |= safetensors.torch.load_file(self.path / name)
+            tensors = safetensors.torch.load_file(self.path / TENSORS)
             return unflatten(tensors, json.loads((self.path / STATE).read_bytes()))
         except Exception as error:  # safetensors has its own exception, not a ValueError
             raise BadRun(f"{self.path} cannot be read: {error!r}") from error
@@ -109,28 +106,20 @@ class Checkpoints:
                 state = found.load()
             store.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3})
 
-    folder      of the run; it is made where it is missing, and locked until `close`: a second job is refused, the lock
-                of a process that died is free. Of several ranks only one makes this object
-    keep_last   checkpoints kept besides the newest `best` one and all milestones
-    part_bytes  size of one tensor file; also the memory, besides the copy of the state, that a save takes
-    say         where a line goes that a person must see (a save that failed, a damaged checkpoint); default: stderr
+    folder     of the run; it is made where it is missing, and locked until `close`: a second job is refused, the lock
+               of a process that died is free. Of several ranks only one makes this object
+    keep_last  checkpoints kept besides the newest `best` one and all milestones
+    say        where a line goes that a person must see (a save that failed, a damaged checkpoint); default: stderr
 
-    A save is written in RUN/.step-N.part (tensors-I.safetensors, state.json, manifest.json with size and sha256 of
-    each), every file synchronised, and renamed to RUN/step-N; only then are older ones removed. What a kill left is
-    removed or put back here, at the start. Raises BadRun: the folder cannot be written, or another process holds it.
+    A save is written in RUN/.step-N.part, every file synchronised, and renamed to RUN/step-N; only then are older ones
+    removed. What a kill left is removed or put back here, at the start. Raises BadRun: the folder cannot be written,
+    or another process holds it.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        keep_last: int = 3,
-        part_bytes: int = 256 * 2**20,
-        say: Callable[[str], None] | None = None,
-    ) -> None:
-        if keep_last < 1 or part_bytes < 1:
-            raise ValueError(f"keep_last is {keep_last}, part_bytes {part_bytes}: 1 or more")
-        self.folder, self.keep_last, self.part_bytes, self.say = Path(folder), keep_last, part_bytes, say or _to_stderr
+    def __init__(self, folder: str | Path, *, keep_last: int = 3, say: Callable[[str], None] | None = None) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}: 1 or more")
+        self.folder, self.keep_last, self.say = Path(folder), keep_last, say or _to_stderr
         self._writer: Thread | None = None
         self._failed: OSError | None = None  # why the last save is not on the disk
         self._failed_saves = 0  # in a row
@@ -233,8 +222,11 @@ class Checkpoints:
             ) from self._failed
 
     def _last_good(self) -> str:
-        steps = _steps(self.folder)
-        return f"the last good one is step-{steps[-1]}" if steps else "there is no good one yet"
+        try:
+            steps = _steps(self.folder)
+        except OSError as error:  # this is said of a disk in trouble
+            return f"the others cannot be listed ({error})"
+        return f"the last one is step-{steps[-1]}" if steps else "there is none yet"
 
     def _write(self, step: int, tensors: dict[str, Tensor], tree: Any, flags: dict[str, bool]) -> None:
         """In the writer's thread: one save from memory to its place. Errors are kept for the main thread."""
@@ -249,13 +241,11 @@ class Checkpoints:
                 )
             _remove(part)  # of a try that failed
             os.mkdir(part)
-            files: dict[str, Any] = {}
-            for number, names in enumerate(_parts(tensors, self.part_bytes)):
-                content = safetensors.torch.save({name: tensors.pop(name).contiguous() for name in names})
-                files[f"tensors-{number}.safetensors"] = _write_file(part, f"tensors-{number}.safetensors", content)
-                del content
-            files[STATE] = _write_file(part, STATE, json.dumps(tree, indent=1, allow_nan=False).encode())
-            _write_file(part, MANIFEST, _manifest_bytes({"format": _FORMAT, "step": step, **flags, "files": files}))
+            files = {
+                TENSORS: _write_file(part, TENSORS, _safetensors(tensors)),
+                STATE: _write_file(part, STATE, [json.dumps(tree, indent=1, allow_nan=False).encode()]),
+            }
+            _write_file(part, MANIFEST, [_manifest_bytes({"format": _FORMAT, "step": step, **flags, "files": files})])
             sync_folder(part)
             _put_in_place(part, place)
             sync_folder(self.folder)
@@ -386,17 +376,23 @@ def _verify(path: Path, step: int) -> None:
             raise BadRun(f"{name} is not as it was written: its sha256 differs")
 
 
-def _parts(tensors: Mapping[str, Tensor], part_bytes: int) -> list[list[str]]:
-    """The names in order, cut so that no part is larger than `part_bytes`, or it holds one tensor."""
-    parts: list[list[str]] = []
-    held_bytes = 0
-    for name, value in tensors.items():
-        if not parts or held_bytes + value.nbytes > part_bytes:
-            parts.append([])
-            held_bytes = 0
-        parts[-1].append(name)
-        held_bytes += value.nbytes
-    return parts
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: each is hashed and written from where it lies.
+
+    Not safetensors' own `save`, which holds the interpreter for another copy of all, nor its `save_file`, whose errors
+    are not the system's. Widest elements first, as the library has it, so that each tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header, end = {}, 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _finite(value: Tensor) -> bool:
@@ -406,17 +402,21 @@ def _finite(value: Tensor) -> bool:
     return bool(wide.isfinite().all())
 
 
-def _write_file(folder: Path, name: str, content: bytes) -> dict[str, Any]:
+def _write_file(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write and synchronise; gives the manifest's entry, of what was meant to be written."""
+    digest, size_bytes = hashlib.sha256(), 0
     file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(file, left) :]
+        for piece in content:
+            digest.update(piece)
+            size_bytes += len(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(file, left) :]
         os.fsync(file)
     finally:
         os.close(file)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
 def _remove(folder: Path) -> None:

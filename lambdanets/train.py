@@ -34,6 +34,7 @@ from lambdanets.learner import Gradients, Learner, train_mode
 from lambdanets.log import Log
 from lambdanets.recipes import Options, Recipe
 from lambdanets.report import Progress, curves_png
+from lambdanets.results import REPORT, write_report
 from lambdanets.start import Start, look
 from lambdanets.steps import Checkpoints
 from lambdanets.watchdog import Interrupted, Terminated, Watchdog
@@ -53,7 +54,7 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.scores} after {self.seconds:.0f} s\n{self.folder}: {WEIGHTS}, {RUN_JSON}, {CURVES}"
+        return f"{self.scores} after {self.seconds:.0f} s\n{self.folder}: {WEIGHTS}, {RUN_JSON}, {CURVES}, {REPORT}"
 
 
 @dataclass
@@ -434,6 +435,7 @@ class _Run:
                 self._write_record()
                 title = f"{self.recipe.model}, {self.recipe.image_px} px, seed {self.record['seed']}: {scores}"
                 write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
+                write_report(self.folder, self.record, scores, self.val_batches.images)
         return Result(self.folder, scores, history, seconds)
 
 

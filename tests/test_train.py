@@ -216,7 +216,8 @@ def test_predict_keeps_the_order_names_bad_files_and_holds_one_batch(tmp_path):
 def test_a_run_leaves_weights_numbers_and_a_picture(colours, tmp_path):
     result = train(tiny(), colours, out=tmp_path / "run", seed=5)
     folder = result.folder
-    assert {p.name for p in folder.iterdir()} == {"weights.safetensors", "run.json", "curves.png", "log.jsonl", ".lock"}
+    written = {"weights.safetensors", "run.json", "curves.png", "report.html", "log.jsonl", ".lock"}
+    assert {p.name for p in folder.iterdir()} == written
 
     record = record_of(folder)
     assert record["status"] == "finished"
