@@ -174,11 +174,12 @@ class Ranks:
             return model
         # `average_` keeps the buffers equal, and uses every rank's batch. The older argument warns in newer torch.
         newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        synchronise: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
+            **synchronise,
         )
 
     def average_(self, tensors: Iterable[Tensor]) -> None:

@@ -128,7 +128,7 @@ def look(
         "view": dataclasses.asdict(view),
         "classes": list(train_images.classes),
         "data": {
-            "source": _DIGITS if data is None else str(Path(data).resolve()),
+            "source": _DIGITS if data is None else images_on_disk.absolute(data),
             "how": how,
             "ignored": ignored,
             "train_images": len(train_images),

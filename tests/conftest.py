@@ -1,4 +1,4 @@
-"""Every test is seeded, runs on one thread, and finds NaN where memory was never written; processes to kill are cheap."""
+"""Every test is seeded, runs on one thread, finds NaN where memory was never written; processes to kill are cheap."""
 
 import json
 import multiprocessing
@@ -134,7 +134,7 @@ def write_images(root, count, seed):
 
 
 @pytest.fixture(scope="session")
-def _colours(tmp_path_factory):
+def shared_colours(tmp_path_factory):
     root = tmp_path_factory.mktemp("colours")
     write_images(root / "train", 8, seed=0)
     write_images(root / "val", 3, seed=1)
@@ -142,6 +142,6 @@ def _colours(tmp_path_factory):
 
 
 @pytest.fixture
-def colours(_colours, tmp_path):
+def colours(shared_colours, tmp_path):
     """A fresh folder of 24 training and 9 held-out images in 3 classes; a test may break it."""
-    return shutil.copytree(_colours, tmp_path / "colours")
+    return shutil.copytree(shared_colours, tmp_path / "colours")

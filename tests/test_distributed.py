@@ -68,13 +68,13 @@ def codes(group, timeout_s=60):
     ],
 )
 def test_R40_R41_ranks_compute_what_one_process_does(
-    batch_norm, precision, ranks, accumulation, _colours, tmp_path, children
+    batch_norm, precision, ranks, accumulation, shared_colours, tmp_path, children
 ):
     recipe = same_on_any_ranks(batch_norm=batch_norm, precision=precision, accumulation=accumulation)
     if ranks == 3:
         recipe = dataclasses.replace(recipe, mixup_alpha=0.0)  # neighbours are mixed, and here they are divided
-    alone = children.start(run, recipe, _colours, tmp_path / "alone")
-    group = children.ranks(ranks, run, recipe, _colours, tmp_path / "group")
+    alone = children.start(run, recipe, shared_colours, tmp_path / "alone")
+    group = children.ranks(ranks, run, recipe, shared_colours, tmp_path / "group")
     assert codes([alone, *group]) == [0] * (ranks + 1), group[0].said()
     one, many = losses(tmp_path / "alone"), losses(tmp_path / "group")
     assert len(one) == 21
@@ -161,9 +161,9 @@ def test_R46_each_of_101_images_is_counted_once_on_any_number_of_ranks(children)
             assert found == alone  # to the last digit
 
 
-def test_a_batch_too_small_for_its_ranks_and_parts_is_refused(_colours, tmp_path, monkeypatch):
+def test_a_batch_too_small_for_its_ranks_and_parts_is_refused(shared_colours, tmp_path, monkeypatch):
     with pytest.raises(BadRecipe, match="8 images is too small for 1 processes that take theirs in 9 parts"):
-        train(same_on_any_ranks(accumulation=9), _colours, out=tmp_path / "run")
+        train(same_on_any_ranks(accumulation=9), shared_colours, out=tmp_path / "run")
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -229,17 +229,19 @@ def timed(group, timeout_s):
     return found, time.monotonic() - started
 
 
-def test_R2_R9_two_ranks_that_were_killed_terminated_and_resumed_end_as_the_undisturbed(_colours, tmp_path, children):
+def test_R2_R9_two_ranks_that_were_killed_terminated_and_resumed_end_as_the_undisturbed(
+    shared_colours, tmp_path, children
+):
     recipe = drawing()
-    straight = children.ranks(2, run, recipe, _colours, tmp_path / "straight")
+    straight = children.ranks(2, run, recipe, shared_colours, tmp_path / "straight")
     assert codes(straight) == [0, 0]
     out = tmp_path / "run"
-    assert codes(children.ranks(2, killed, 1, 3, recipe, _colours, out)) == [LOST, -signal.SIGKILL]
-    group = children.ranks(2, terminated, recipe, _colours, out)  # a signal to one is a signal to all
+    assert codes(children.ranks(2, killed, 1, 3, recipe, shared_colours, out)) == [LOST, -signal.SIGKILL]
+    group = children.ranks(2, terminated, recipe, shared_colours, out)  # a signal to one is a signal to all
     assert codes(group) == [143, 143]
     assert newest_checkpoint(out).step == 5
     assert "goes on after step 2 of 12" in group[0].said()
-    elsewhere = children.ranks(2, run_apart, recipe, _colours, out)
+    elsewhere = children.ranks(2, run_apart, recipe, shared_colours, out)
     assert codes(elsewhere) == [0, 0], elsewhere[1].said()
     assert "goes on after step 5 of 12" in elsewhere[0].said()
     assert weights(out) == weights(tmp_path / "straight")
@@ -257,30 +259,30 @@ def run_apart(recipe, data, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_R2_three_and_four_ranks_resume_to_the_bit(ranks, _colours, tmp_path, children):
+def test_R2_three_and_four_ranks_resume_to_the_bit(ranks, shared_colours, tmp_path, children):
     """The order of a ring's sums depends on DDP's buckets: they are the same before and after a resume."""
     recipe = drawing()
-    assert codes(children.ranks(ranks, run, recipe, _colours, tmp_path / "straight")) == [0] * ranks
-    assert codes(children.ranks(ranks, killed, 1, 5, recipe, _colours, tmp_path / "run"))[1] == -signal.SIGKILL
-    assert codes(children.ranks(ranks, run, recipe, _colours, tmp_path / "run")) == [0] * ranks
+    assert codes(children.ranks(ranks, run, recipe, shared_colours, tmp_path / "straight")) == [0] * ranks
+    assert codes(children.ranks(ranks, killed, 1, 5, recipe, shared_colours, tmp_path / "run"))[1] == -signal.SIGKILL
+    assert codes(children.ranks(ranks, run, recipe, shared_colours, tmp_path / "run")) == [0] * ranks
     assert weights(tmp_path / "run") == weights(tmp_path / "straight")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
-def test_R4_a_run_goes_on_with_another_number_of_ranks(before, after, _colours, tmp_path, children):
+def test_R4_a_run_goes_on_with_another_number_of_ranks(before, after, shared_colours, tmp_path, children):
     recipe = same_on_any_ranks(batch_norm="sync")
     out = tmp_path / "run"
-    assert codes([children.start(run, recipe, _colours, tmp_path / "alone")]) == [0]
-    assert codes(children.ranks(before, killed, 0, 9, recipe, _colours, out))[0] == -signal.SIGKILL
-    assert codes(children.ranks(after, run, recipe, _colours, out)) == [0] * after
+    assert codes([children.start(run, recipe, shared_colours, tmp_path / "alone")]) == [0]
+    assert codes(children.ranks(before, killed, 0, 9, recipe, shared_colours, out))[0] == -signal.SIGKILL
+    assert codes(children.ranks(after, run, recipe, shared_colours, out)) == [0] * after
     one, many = losses(tmp_path / "alone"), losses(out)
     assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-6
 
 
-def test_R21_both_ranks_stop_or_skip_where_one_has_a_nan(_colours, tmp_path, children):
-    stops = children.ranks(2, nan_on_one, drawing(), _colours, tmp_path / "stops", 0)
-    skips = children.ranks(2, nan_on_one, drawing(), _colours, tmp_path / "skips", 1)
+def test_R21_both_ranks_stop_or_skip_where_one_has_a_nan(shared_colours, tmp_path, children):
+    stops = children.ranks(2, nan_on_one, drawing(), shared_colours, tmp_path / "stops", 0)
+    skips = children.ranks(2, nan_on_one, drawing(), shared_colours, tmp_path / "skips", 1)
     assert codes(stops) == [3, 3]
     texts = [re.search(r"step 4: the loss is nan.*", child.said())[0] for child in stops]
     assert texts[0] == texts[1]
@@ -291,10 +293,10 @@ def test_R21_both_ranks_stop_or_skip_where_one_has_a_nan(_colours, tmp_path, chi
     assert json.loads((tmp_path / "skips" / "run.json").read_text())["result"]["left_out_steps"] == 1
 
 
-def test_R45_a_rank_that_fails_takes_the_others_with_it(_colours, tmp_path, children):
+def test_R45_a_rank_that_fails_takes_the_others_with_it(shared_colours, tmp_path, children):
     groups = {
-        "burns": children.ranks(2, failing, drawing(), _colours, tmp_path / "burns"),
-        "full": children.ranks(2, no_space, drawing(), _colours, tmp_path / "full"),
+        "burns": children.ranks(2, failing, drawing(), shared_colours, tmp_path / "burns"),
+        "full": children.ranks(2, no_space, drawing(), shared_colours, tmp_path / "full"),
     }
     started = time.monotonic()
     assert codes(groups["burns"]) == [LOST, 77]
@@ -306,9 +308,9 @@ def test_R45_a_rank_that_fails_takes_the_others_with_it(_colours, tmp_path, chil
     assert "rank 0 failed: BadRun: 3 checkpoints in a row" in said[1]
 
 
-def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(_colours, colours, tmp_path, children):
+def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(shared_colours, colours, tmp_path, children):
     (colours / "train" / "red" / "0.jpg").rename(colours / "train" / "red" / "9.jpg")
-    group = children.ranks(2, other_images, drawing(), _colours, colours, tmp_path / "run")
+    group = children.ranks(2, other_images, drawing(), shared_colours, colours, tmp_path / "run")
     assert codes(group, 10) == [LOST, 2]
     assert "rank 1 found other images" in group[0].said()
     assert not (tmp_path / "run").exists()
@@ -318,9 +320,9 @@ def other_images(recipe, data, others, out):
     run(recipe, others if os.environ["RANK"] == "1" else data, out)
 
 
-def test_R11_the_other_ranks_of_a_stopped_one_leave(_colours, tmp_path, children):
+def test_R11_the_other_ranks_of_a_stopped_one_leave(shared_colours, tmp_path, children):
     out = tmp_path / "run"
-    group = children.ranks(2, stopped, drawing(), _colours, out)
+    group = children.ranks(2, stopped, drawing(), shared_colours, out)
     until(lambda: (out / "log.jsonl").exists() and len(losses(out)) == 4)
     started = time.monotonic()
     assert group[0].wait() == HANG
@@ -331,16 +333,16 @@ def test_R11_the_other_ranks_of_a_stopped_one_leave(_colours, tmp_path, children
     os.kill(group[1].pid, signal.SIGKILL)
 
 
-def test_R44_torchrun_restarts_a_killed_rank_and_the_run_goes_on(_colours, tmp_path, children):
+def test_R44_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shared_colours, tmp_path, children):
     recipe = "--recipe folder --model lambda_resnet_tiny --image-px 8 --epochs 14 --batch-images 8 --lr-per-256 1.0"
     out = tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-        "-m", "lambdanets", "train", "--data", str(_colours), *recipe.split(), "--out", str(out), "--resume",
+        "-m", "lambdanets", "train", "--data", str(shared_colours), *recipe.split(), "--out", str(out), "--resume",
         "--seed", "3", "--save-steps", "2", "--log-steps", "1", "--device", "cpu",
     ]  # fmt: skip
     asked = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=14, batch_images=8, lr_per_256=1.0)
-    straight = children.ranks(2, run, asked, _colours, tmp_path / "straight")
+    straight = children.ranks(2, run, asked, shared_colours, tmp_path / "straight")
     with open(tmp_path / "said", "w") as said:
         torchrun = subprocess.Popen(command, stdout=said, stderr=said)
         try:

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import shutil
 from types import SimpleNamespace
 
@@ -35,6 +34,8 @@ from lambdanets.report import curves_png
 from lambdanets.train import NonFiniteLoss, train
 
 CPU = torch.device("cpu")
+
+
 def tiny(**changes):
     """A run of 3 epochs of 3 steps on `colours`, a second long."""
     recipe = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=3, batch_images=8)
@@ -577,9 +578,9 @@ def test_a_shared_table_is_written_under_each_name_and_loads_strictly(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def _finished(_colours, tmp_path_factory):
+def _finished(shared_colours, tmp_path_factory):
     torch.set_num_threads(1)
-    return train(tiny(epochs=1, warmup_epochs=0.0), _colours, out=tmp_path_factory.mktemp("runs") / "run").folder
+    return train(tiny(epochs=1, warmup_epochs=0.0), shared_colours, out=tmp_path_factory.mktemp("runs") / "run").folder
 
 
 @pytest.fixture
