@@ -98,8 +98,8 @@ class Learner:
     def parallelise(self, *, compile_model: bool = False) -> None:
         """Join the other ranks, once the weights are there. All ranks call it; then torch.compile, on request.
 
-        DDP rearranges its buckets after the first backward pass, and with them the order in which a ring sums. That pass
-        is made here, on nothing: a resumed run would else differ from the run that it continues in its first step.
+        DDP rearranges its buckets after the first backward pass, and with them the order in which a ring sums. That
+        pass is made here, on nothing: a resumed run would else differ, in its first step, from what it continues.
         """
         self.parallel = self.ranks.parallel(self.model, self.device)
         if self.ranks.ranks > 1:
@@ -239,13 +239,17 @@ def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
     @contextlib.contextmanager
     def again() -> Iterator[None]:
         norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
-        for norm in norms:
-            norm.track_running_stats = False
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for (
+            norm
+        ) in norms:  # a momentum of 0 moves the running statistics by nothing; without them autograd would notice
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     def contexts() -> tuple[Any, Any]:
         return contextlib.nullcontext(), again()

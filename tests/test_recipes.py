@@ -71,7 +71,8 @@ def test_a_recipe_survives_json(run):
     ("argument", "value"),
     [
         ("image_px", 0), ("epochs", 0), ("batch_images", 0), ("eval_batch_images", 0), ("in_channels", 2),
-        ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lion"), ("accumulation", 0), ("clip_norm", -1.0), ("batch_norm", "mine"), ("precision", "int8"),
+        ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lion"),
+        ("accumulation", 0), ("clip_norm", -1.0), ("batch_norm", "mine"), ("precision", "int8"),
         ("mixup_alpha", -0.1), ("cutmix_alpha", -0.1), ("erase_frac", 1.1), ("augment", "cutout"),
         ("interpolation", "nearest"), ("momentum", 1.0), ("label_smoothing", 1.0), ("drop_rate", -0.1),
         ("drop_path_rate", 1.0), ("ema_decay", 1.0), ("weight_decay", -1e-4), ("crop_frac", 0.0),
