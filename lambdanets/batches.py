@@ -9,7 +9,10 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,6 +344,7 @@ class Batches:
                 num_workers=workers,
                 persistent_workers=True,
                 collate_fn=_unchanged,
+                worker_init_fn=_leave_signals_to_the_run,
                 generator=torch.Generator(),  # else every epoch draws from the ambient one
             )
 
@@ -369,6 +373,7 @@ class Batches:
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_unchanged,
+                worker_init_fn=_leave_signals_to_the_run,
                 generator=torch.Generator(),
             )
         return self._source if self._source is not None else map(self._reader.__getitem__, self._keys)
@@ -387,6 +392,23 @@ class Batches:
             first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.bad.items())[:SHOWN])
             remedy = f"repair or remove them{listed}, or raise max_bad_frac (now {self.max_bad_frac})"
             raise BadData(f"{found}: {remedy}; the first:{first}")
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """In a reading process: SIGTERM and Ctrl-C end it only when its own run sends them.
+
+    torchrun, schedulers and terminals send them to every process at once. The run answers by finishing its step and
+    saving, and would fail there if its readers were gone already.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def answer() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=answer, daemon=True).start()
 
 
 def _unchanged(result: Any) -> Any:

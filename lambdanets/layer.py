@@ -36,6 +36,18 @@ def resize_table(table: Tensor, size: Sequence[int]) -> Tensor:
     return out[0].movedim(0, -1).reshape(*sides, *table.shape[d:]).to(table.dtype)
 
 
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), whose gradient is right for a batch of one too.
+
+    The gradient comes back position by position. Where b is 1 its strides could be those of several layouts, and
+    PyTorch's batch norm (2.15, CPU) takes them for the wrong one: silently other gradients, of the weights too.
+    """
+    y: Tensor = norm(x)
+    if y.requires_grad and y.shape[0] == 1 and not torch.compiler.is_compiling():  # compiled code has its own
+        y.register_hook(torch.Tensor.contiguous)
+    return y
+
+
 class StrictLoading(nn.Module):
     """A module whose `load_state_dict` says in a few lines what does not fit, and what to do."""
 
@@ -253,11 +265,11 @@ class LambdaLayer(StrictLoading):
         context_grid = tuple(context.shape[2:])
         n, m = math.prod(grid), math.prod(context_grid)
         h, k, u, v = self.heads, self.key_depth, self.intra_depth, self.value_depth
-        q = self.norm_q(self.to_q(x)).reshape(b, h, k, n).permute(0, 3, 1, 2)
+        q = normed(self.norm_q, self.to_q(x)).reshape(b, h, k, n).permute(0, 3, 1, 2)
         if self.query_softmax:
             q = q.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         keys = None if self.to_k is None else self.to_k(context).reshape(b, k, u, m).permute(0, 3, 1, 2)
-        values = self.norm_v(self.to_v(context)).reshape(b, v, u, m).permute(0, 3, 1, 2)
+        values = normed(self.norm_v, self.to_v(context)).reshape(b, v, u, m).permute(0, 3, 1, 2)
         if padding is not None:
             hidden = padding.reshape(b, 1, m)
             mask = hidden if mask is None else mask & hidden

@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from . import resnet
-from .layer import mismatch
+from .layer import mismatch, normed
 from .ops import lambda_op
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
@@ -31,9 +31,9 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
         b, _, height, width = x.shape
         h, k, v, n = self.num_heads, self.dim_qk, self.dim_v, height * width
         q, keys, values = self.qkv(x).split([h * k, k, v], dim=1)
-        q = self.norm_q(q).reshape(b, h, k, n).permute(0, 3, 1, 2)
+        q = normed(self.norm_q, q).reshape(b, h, k, n).permute(0, 3, 1, 2)
         keys = keys.reshape(b, k, 1, n).permute(0, 3, 1, 2)
-        values = self.norm_v(values).reshape(b, v, 1, n).permute(0, 3, 1, 2)
+        values = normed(self.norm_v, values).reshape(b, v, 1, n).permute(0, 3, 1, 2)
         y = lambda_op(q, keys, values, table=self._table(height, width), grid=(height, width))
         if self.conv_lambda is not None and self.conv_lambda.bias is not None:
             y = y + (q * self.conv_lambda.bias.to(q.dtype)).sum(-1, keepdim=True)

@@ -10,6 +10,7 @@ import pickle
 import random
 import resource
 import struct
+import subprocess
 import time
 import warnings
 import zlib
@@ -1043,6 +1044,23 @@ def test_workers_end_with_the_batches():
     for worker in workers:
         worker.join(10)
         assert not worker.is_alive()
+
+
+def test_r9_a_signal_to_every_process_leaves_the_readers_to_the_run():
+    """torchrun passes SIGTERM to the whole group: readers that died of it would fail the step that is to be saved."""
+    before = set(multiprocessing.active_children())
+    batches = Batches(numbered(20), GREY, batch_images=5, training=True, workers=2)
+    want = [batch.ids for batch in batches.epoch(0)]
+    workers = set(multiprocessing.active_children()) - before
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)  # not their parent
+    time.sleep(0.2)
+    assert [batch.ids for batch in batches.epoch(0)] == want
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()  # their parent
+        worker.join(5)
+        assert worker.exitcode == 0
 
 
 def test_an_epoch_of_digits_takes_well_under_a_second():
