@@ -139,7 +139,11 @@ def evaluate_run(
                 rank=ranks.rank,
                 ranks=ranks.ranks,
             )
-        scores = evaluate(opened.model.to(device), batches, classes=len(opened.classes), device=device, ranks=ranks)
+        try:
+            scores = evaluate(opened.model.to(device), batches, classes=len(opened.classes), device=device, ranks=ranks)
+        except BadImage as error:
+            error.add_note("repair or remove it, or leave such images out and count them: --exclude-bad")
+            raise
         found = Evaluation(scores, images, how, excluded, folder)
         with ranks.together():
             if ranks.first:

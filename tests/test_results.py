@@ -275,7 +275,9 @@ def test_r51_a_bad_image_is_an_error_that_names_it(made, capsys):
     with pytest.raises(BadImage, match=r"val/eel/4\.png"):
         evaluate_run(made / "run", made / "photos", device=CPU)
     assert main(["evaluate", str(made / "run"), "--data", str(made / "photos")]) == 2
-    assert "val/eel/4.png" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "val/eel/4.png" in said
+    assert "--exclude-bad" in said
 
 
 @pytest.mark.parametrize("workers", [0, 2])
