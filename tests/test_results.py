@@ -417,7 +417,7 @@ def test_a_page_is_written_without_weights_images_or_epochs_and_says_what_is_mis
 
 def test_a_page_is_of_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "it has no run.json" in capsys.readouterr().err
+    assert "is not the folder of a run" in capsys.readouterr().err
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(BadRun, match="is not the record of a run"):
         write_report(tmp_path)
