@@ -4,9 +4,10 @@
 
 1. 4,000 small images are drawn, 0.05% of them broken, and a short run tells how long a step takes here.
 2. An undisturbed run of as many epochs as fit the time.
-3. The same run, with a fault about every minute: kill -9 of one rank, or of everything at once; SIGTERM; a disk that
-   takes no large file until two saves have failed; kill -9 and then a flipped bit in the newest checkpoint. After each
-   it is started again with --resume. A fault counts when the run's own output, or its end, shows that it struck.
+3. The same run with faults, in turn: kill -9 of one rank; SIGTERM; a disk that takes no large file until two saves have
+   failed; kill -9 of everything, and a flipped bit in the newest checkpoint; kill -9 of everything. That is one kill -9
+   a minute, starts included. After each it is started again with --resume. A fault counts when the run's own output, or
+   its end, shows that it struck.
 4. The last line is a JSON object: the faults by kind, and whether weights and history are equal. Exit code 1 where they
    are not, or where a kind of fault never struck.
 """
@@ -229,7 +230,7 @@ def outcome(run: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="about how long all of it takes (default: 30)")
-    parser.add_argument("--every-s", type=float, default=60, help="seconds of training between faults (default: 60)")
+    parser.add_argument("--every-s", type=float, default=20, help="seconds of training between faults (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults' moments, and which kind is first")
     parser.add_argument("--out", type=Path, help="where to work, and leave the logs (default: a temporary folder)")
     given = parser.parse_args()

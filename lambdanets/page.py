@@ -63,6 +63,7 @@ def page(
     confusion: Sequence[Sequence[int]] | None,
     mistakes: Sequence[Mistake],
     notes: Sequence[str],
+    steps: Sequence[tuple[int, float]],
     bad_samples: int,
 ) -> str:
     """The HTML of a run, whatever of it there is yet. Every string in it is escaped, and the page allows no script.
@@ -72,6 +73,7 @@ def page(
     confusion    confusion[label][predicted]: images
     mistakes     the worst first
     notes        what the reader must know, above all else
+    steps        (step, training loss) of single steps
     bad_samples  training images that could not be read and were replaced
     """
     recipe, history, data = record["recipe"], record["history"], record["data"]
@@ -81,8 +83,8 @@ def page(
         parts.append(f'<p class="warn">{escape(record["error"])}</p>')
     parts += [f'<p class="warn">{escape(note)}</p>' for note in notes]
     parts.append(_numbers(record, scores, bad_samples))
-    if history:
-        parts += ["<h2>Curves</h2>", curves_svg(history)]
+    if history or steps:
+        parts += ["<h2>Curves</h2>", curves_svg(history, steps)]
     if confusion is not None:
         picture = confusion_png(confusion, record["classes"], "")
         parts += [

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 _NAMED_CLASSES = 30  # more names than this cannot be read along an axis
+_STRETCHES = 400  # points of a curve by steps
 _NUMBERED_CLASSES = 15  # more numbers than this cannot be read in the cells
 
 
@@ -36,16 +37,28 @@ def curves_png(
     return _saved(figure, "png")
 
 
-def curves_svg(history: Sequence[dict[str, Any]]) -> str:
-    """The history's curves side by side, as an <svg> element that stands in an HTML page by itself."""
+def curves_svg(history: Sequence[dict[str, Any]], steps: Sequence[tuple[int, float]]) -> str:
+    """The curves side by side, as an <svg> element that stands in an HTML page by itself.
+
+    history  as for `curves_png`; it may be empty
+    steps    (step, training loss) of single steps; the picture holds the means of 400 stretches at most
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
     FigureCanvasSVG(figure)
-    loss, accuracy = figure.subplots(1, 2)
-    _draw_curves(loss, accuracy, history)
-    loss.set_xlabel("epoch")
+    panels = list(figure.subplots(1, bool(steps) + 2 * bool(history), squeeze=False)[0])
+    if steps:
+        size = -(-len(steps) // _STRETCHES)
+        stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
+        at = [sum(step for step, _ in part) / len(part) for part in stretches]
+        panels[0].plot(at, [sum(loss for _, loss in part) / len(part) for part in stretches], linewidth=1)
+        panels[0].set(xlabel="step", ylabel="training loss of single steps, nats")
+        panels[0].grid(alpha=0.3)
+    if history:
+        _draw_curves(panels[-2], panels[-1], history)
+        panels[-2].set_xlabel("epoch")
     text = _saved(figure, "svg").decode()
     return text[text.index("<svg") :]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -31,6 +32,7 @@ from lambdanets.checkpoint import (
 from lambdanets.data import BadData, BadImage, Images
 from lambdanets.distributed import Ranks
 from lambdanets.evaluate import Scores, evaluate
+from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
 from lambdanets.report import confusion_png
 from lambdanets.shards import is_shards
@@ -376,7 +378,10 @@ def write_report(
     bad = 0
     if (folder / BAD_SAMPLES).is_file():
         bad = (folder / BAD_SAMPLES).read_bytes().count(b"\n")
-    text = page(record, scores=scores, confusion=confusion, mistakes=mistakes, notes=notes, bad_samples=bad)
+    steps = _losses(folder / LOG)
+    text = page(
+        record, scores=scores, confusion=confusion, mistakes=mistakes, notes=notes, steps=steps, bad_samples=bad
+    )
     try:
         write_atomically(folder / REPORT, text.encode())
     except OSError as error:
@@ -394,6 +399,16 @@ def _record(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadRun(f"{path} is not the record of a run: {error!r}") from error
     return record
+
+
+def _losses(path: Path) -> list[tuple[int, float]]:
+    """(step, loss) of the lines of log.jsonl that have them; a line that a kill cut short has not."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            found.append((int(row["step"]), row["loss"] + 0.0))  # a loss that is not finite is text there
+    return found
 
 
 def _worst(scores: Scores, images: Images) -> list[Mistake]:

@@ -432,10 +432,10 @@ class _Run:
         }
         with self.ranks.together():
             if self.ranks.first:
-                self._write_record()
                 title = f"{self.recipe.model}, {self.recipe.image_px} px, seed {self.record['seed']}: {scores}"
                 write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
                 write_report(self.folder, self.record, scores, self.val_batches.images)
+                self._write_record()  # last: once it says "finished", a resumed run does nothing any more
         return Result(self.folder, scores, history, seconds)
 
 

@@ -650,6 +650,22 @@ def test_r5_kill_9_while_saving_50_times(tmp_path):
     assert debris > 10  # many of them hit a save half done
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_r2_r5_r7_r9_r12_r44_two_ranks_end_with_the_bits_of_a_quiet_run_after_all_faults(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.soak", "--minutes", "1", "--every-s", "1", "--out", tmp_path / "soak"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["weights_equal"], done.stdout
+    assert result["history_equal"]
+    assert result["bad_images_equal"]
+    assert sum(bool(count) for count in result["faults"].values()) >= 4  # more of them in 30 minutes: make soak
+
+
 # --- weights from elsewhere -------------------------------------------------------------------------------------------
 
 

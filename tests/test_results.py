@@ -26,7 +26,8 @@ from lambdanets.data import BadData, BadImage
 from lambdanets.evaluate import evaluate
 from lambdanets.pack import pack
 from lambdanets.recipes import choose
-from lambdanets.results import _worst, evaluate_run, own_images, per_class, write_report
+from lambdanets.report import curves_svg
+from lambdanets.results import _losses, _worst, evaluate_run, own_images, per_class, write_report
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "<b>$5 & co")
@@ -340,6 +341,7 @@ class Page(HTMLParser):
 
 def test_the_page_shows_an_interrupted_run_and_loads_and_runs_nothing(made):
     (made / "run" / "bad_samples.jsonl").write_text('{"name": "a"}\n{"name": "b"}\n')
+    (made / "run" / "log.jsonl").write_text('{"step": 9, "loss": 2.5}\n{"step": 19, "loss": 2.25}\n')
     path = write_report(made / "run")
     assert path == made / "run" / "report.html"
     text = path.read_text()
@@ -360,6 +362,17 @@ def test_the_page_shows_an_interrupted_run_and_loads_and_runs_nothing(made):
     assert seen.tags.count("svg") == 1
     assert seen.pictures[0].width > 500  # the confusion matrix
     assert len(seen.pictures) == 1 + 24
+
+
+def test_the_losses_of_single_steps_are_those_of_the_log(tmp_path):
+    lines = [{"step": 9, "loss": 2.5}, {"step": 19, "loss": "nan"}, {"step": 19, "val_loss": 1}]
+    lines.append({"step": 29, "loss": 2})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 39, "lo')
+    assert _losses(tmp_path / "log.jsonl") == [(9, 2.5), (29, 2.0)]
+    assert _losses(tmp_path / "none") == []
+    long = curves_svg([], [(step, 1.0) for step in range(100_000)])
+    assert len(long) < 40_000  # stretches, not points
+    assert curves_svg([], [(9, 2.5), (29, 2.0)]).startswith("<svg")
 
 
 def test_the_worst_mistakes_are_those_of_highest_loss_with_their_pictures(made):
