@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test test-all test-gpu test-oldest lint bench soak clean
+.PHONY: demo test test-all test-gpu test-oldest lint loss-curve bench soak clean
 
 demo: $(STAMP)
 	$(BIN)/python -m lambdanets demo
@@ -29,6 +29,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+loss-curve: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_loss_curve.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.op
