@@ -35,8 +35,6 @@ from lambdanets.report import curves_png
 from lambdanets.train import NonFiniteLoss, train
 
 CPU = torch.device("cpu")
-
-
 def tiny(**changes):
     """A run of 3 epochs of 3 steps on `colours`, a second long."""
     recipe = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=3, batch_images=8)
