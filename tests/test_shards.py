@@ -581,7 +581,7 @@ class Unreliable(MemoryFileSystem):
     def cat_file(self, path, start=None, end=None, **kwargs):
         Unreliable.reads += 1
         if Unreliable.reads in self.stalls:
-            time.sleep(5)
+            time.sleep(1.5)
         chance = self.dice.random()
         if chance < 0.10:
             raise ConnectionResetError("the store hung up")
@@ -607,6 +607,7 @@ def store(packed, monkeypatch, tmp_path):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the stalled reads, in 3.12
 @pytest.mark.parametrize("workers", [0, 2])
 def test_r68_reads_that_fail_are_short_or_stall_are_retried_in_the_same_order(store, packed, monkeypatch, workers):
     monkeypatch.setattr(Unreliable, "stalls", (20, 33))
