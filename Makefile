@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test test-all test-gpu test-oldest lint bench clean
+.PHONY: demo test test-all test-gpu test-oldest lint loss-curve bench soak clean
 
 demo: $(STAMP)
 	$(BIN)/python -m lambdanets demo
@@ -30,8 +30,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+loss-curve: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_loss_curve.py
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.op
+
+MINUTES ?= 30
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -39,5 +46,5 @@ clean:
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lambdanets needs Python 3.11 or 3.12, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[digits,plots,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[digits,plots,stream,dev]'
 	touch $(STAMP)

@@ -3,7 +3,10 @@
     weights.safetensors   the evaluated weights of the last finished epoch
     run.json              recipe, view, classes, where the data came from, versions, history, results
     curves.png            loss and accuracy by epoch, and the confusion matrix
+    report.html           the page of the run
     bad_samples.jsonl     images that training skipped, one a line, if there were any
+    step-N/               a checkpoint (steps.py)
+    .lock                 held by the process that trains
 
 A file is written beside its place, synchronised and renamed: a reader sees the old one or the new one, never a part.
 """
@@ -24,7 +27,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import lambdanets
 from lambdanets.batches import View
@@ -73,11 +76,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder, a rename say, on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -108,6 +116,36 @@ def save_weights(model: nn.Module, path: Path) -> None:
     write_atomically(path, safetensors.torch.save(tensors))
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a run's folder. A pickle is refused: reading one runs what is in it.
+
+    Raises BadRun, naming the file and the remedy: missing, a pickle, cut short, or with weights that are not finite
+    (at most ten named). Whether they fit a model, its `load_state_dict` says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / WEIGHTS
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+        if head[:2] == b"PK" or head[:1] == b"\x80":  # torch.save since 1.6, and before
+            raise BadRun(
+                f"{path} is a pickle, and reading one runs what is in it: where you trust it, load it with torch, and "
+                "write its state dict with safetensors.torch.save_file"
+            )
+        tensors = safetensors.torch.load_file(path)
+    except BadRun:
+        raise
+    except FileNotFoundError:
+        raise BadRun(f"{path} does not exist: name a safetensors file, or the folder of a run") from None
+    except Exception as error:  # safetensors has its own exception, not a ValueError
+        raise BadRun(f"{path} cannot be read, it may be cut short: {error}") from error
+    if wrong := [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise BadRun(f"{path}: {len(wrong)} tensors are not finite: {', '.join(wrong[:10])}{more}; take older weights")
+    return tensors
+
+
 @dataclass(frozen=True)
 class Run:
     """A run with a finished epoch, read back: model (eval mode, CPU), how it sees an image, classes, run.json."""
@@ -127,18 +165,13 @@ def open_run(folder: str | Path) -> Run:
             raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {path.name}")
     try:
         record: dict[str, Any] = json.loads(record_path.read_text())
-        recipe = Recipe(**record["recipe"])
+        recipe = Recipe.from_json(record["recipe"])
         view = View(**record["view"])
         classes = tuple(str(c) for c in record["classes"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadRun(f"{record_path} is not a run of lambdanets {lambdanets.__version__}: {error!r}") from error
-    try:
-        tensors = safetensors.torch.load_file(weights_path)
-    except Exception as error:  # safetensors has its own exception, not a ValueError
-        raise BadRun(f"{weights_path} cannot be read, it may be cut short: {error}") from error
+    tensors = read_weights(weights_path)
     model = lambdanets.create_model(recipe.model, num_classes=len(classes), in_channels=recipe.in_channels)
-    if wrong := [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise BadRun(f"{weights_path}: {len(wrong)} tensors are not finite: {', '.join(wrong[:10])}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

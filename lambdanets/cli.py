@@ -1,7 +1,8 @@
 """The command line: arguments in, one function called, messages and exit codes out. torch waits for right arguments.
 
 Exit codes: 0 done · 1 some images could not be predicted · 2 wrong argument, data, run or device · 3 the loss was not
-finite · 130 interrupted. An error that is none of these keeps its traceback.
+finite · 4 nothing moved for --hang-timeout-s · 5 a process of the run was lost · 130 interrupted · 143 SIGTERM.
+After the last four a run goes on with --resume. An error that is none of these keeps its traceback.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 import lambdanets
-from lambdanets.recipes import RecipeName
+from lambdanets.recipes import BatchNorm, Options, Precision, RecipeName
 
+if TYPE_CHECKING:
+    from lambdanets.train import Result
+
+_CHANGES = ("epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision")
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 some images could not be predicted, 2 wrong argument, data, run or device, "
-    "3 the loss was not finite, 130 interrupted."
+    "3 the loss was not finite, 4 nothing moved for --hang-timeout-s, 5 a process of the run was lost (another rank, "
+    "one that reads images), 130 interrupted, 143 terminated. After 4, 5, 130 and 143 a run goes on with --resume."
 )
 
 
@@ -48,17 +56,26 @@ def _run(parsed: Namespace) -> int:
         return 0
     if command == "plan":
         return _plan(given.model, given.image)
+    if command in ("pack", "index"):
+        return _shards(command, given)
 
     from lambdanets.checkpoint import BadRun
     from lambdanets.data import BadData, BadImage
+    from lambdanets.distributed import LostProcess
     from lambdanets.recipes import BadRecipe
+    from lambdanets.steps import NonFiniteState
     from lambdanets.train import NonFiniteLoss
+    from lambdanets.watchdog import LOST, Terminated
 
     try:
         if command == "train":
             return _train(given)
         if command == "predict":
             return _predict(given)
+        if command == "evaluate":
+            return _evaluate(given)
+        if command == "report":
+            return _report(given)
         from lambdanets.demo import demo
 
         demo(given.out, seed=given.seed, device=given.device)
@@ -66,9 +83,15 @@ def _run(parsed: Namespace) -> int:
     except (BadRun, BadRecipe, BadData, BadImage) as error:
         print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
         return 2
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, NonFiniteState) as error:
         print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
         return 3
+    except LostProcess as error:
+        print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
+        return LOST
+    except Terminated as error:
+        print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
+        return 143
 
 
 def _message(error: BaseException) -> str:
@@ -77,8 +100,16 @@ def _message(error: BaseException) -> str:
 
 def _train(given: Namespace) -> int:
     from lambdanets import recipes
+    from lambdanets.start import recorded
     from lambdanets.train import train
 
+    options = Options(**{field.name: given[field.name] for field in fields(Options)})
+    how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
+    asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small", *_CHANGES)
+    again = given.resume and given.out is not None and not any(given[name] for name in asked)
+    if again and (run := recorded(given.out)) is not None:  # the same, without being told
+        recipe, data, seed, init_from = run
+        return _show(train(recipe, data, out=given.out, seed=seed, init_from=init_from, **how))
     if given.data is None and given.recipe not in (None, "digits") and not given.small:
         remedy = "give --data FOLDER, or try --small on the digits"
         raise recipes.BadRecipe(f"--recipe {given.recipe} learns from a folder of images: {remedy}")
@@ -86,20 +117,22 @@ def _train(given: Namespace) -> int:
         given.recipe or ("digits" if given.data is None else "folder"),
         model=given.model,
         image_px=given.image_px,
-        epochs=given.epochs,
-        batch_images=given.batch_images,
-        lr_per_256=given.lr_per_256,
         small=given.small,
+        **{name: given[name] for name in _CHANGES},
     )
-    result = train(recipe, given.data, out=given.out, seed=given.seed, device=given.device, workers=given.workers)
-    print(result)
+    return _show(train(recipe, given.data, out=given.out, seed=given.seed or 0, init_from=given.init_from, **how))
+
+
+def _show(result: Result) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(result)
     return 0
 
 
 def _predict(given: Namespace) -> int:
     from lambdanets.checkpoint import open_run
     from lambdanets.evaluate import predict
-    from lambdanets.train import choose_device
+    from lambdanets.start import choose_device
 
     device = choose_device(given.device)
     run = open_run(given.run)
@@ -113,6 +146,49 @@ def _predict(given: Namespace) -> int:
         else:
             print(found.text(run.classes, given.top), flush=True)
     return 1 if failed else 0
+
+
+def _evaluate(given: Namespace) -> int:
+    from lambdanets.distributed import Ranks
+    from lambdanets.results import evaluate_run
+    from lambdanets.start import choose_device
+
+    found = evaluate_run(
+        given.run,
+        given.data,
+        out=given.out,
+        batch_images=given.batch_images,
+        workers=given.workers,
+        device=choose_device(given.device, Ranks()),
+        exclude_bad=given.exclude_bad,
+    )
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(found)
+    return 0
+
+
+def _report(given: Namespace) -> int:
+    from lambdanets.results import write_report
+    from lambdanets.start import choose_device
+
+    print(write_report(given.run, device=choose_device(given.device), workers=given.workers))
+    return 0
+
+
+def _shards(command: str, given: Namespace) -> int:
+    from lambdanets.data import BadData
+    from lambdanets.pack import SHARD_BYTES, index, pack
+
+    try:
+        if command == "pack":
+            sizes = {"max_side_px": given.max_side_px, "shard_bytes": given.shard_bytes or SHARD_BYTES}
+            print(pack(given.folder, given.out, workers=given.workers, **sizes))
+        else:
+            print(index(given.shards, out=given.out, classes=given.classes))
+        return 0
+    except BadData as error:
+        print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
+        return 2
 
 
 def _plan(model: str, image_px: int) -> int:
@@ -144,20 +220,44 @@ def _parser() -> ArgumentParser:
         "--data",
         type=str,
         metavar="FOLDER",
-        help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, of which a tenth is held out",
+        help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, a tenth of it held out; "
+        "or the folder or URL of `lambdanets pack`",
     )
     train.add_argument(
-        "--recipe", type=RecipeName, help="without it: folder with --data, else digits; the other two are the paper's"
+        "--recipe", type=RecipeName, help="without it: folder with --data, else digits; two are the paper's"
     )
-    train.add_argument("--small", action="store_true", help="the paper's recipe on a small model and few epochs")
+    train.add_argument("--small", action="store_true", help="the recipe on a small model and few epochs, for a CPU")
     train.add_argument("--model", type=str, help="a name of `lambdanets models`")
     train.add_argument("--image-px", type=PositiveInt, help="side of the images that the model sees, pixels")
     train.add_argument("--epochs", type=PositiveInt, help="passes over the images; the warm-up keeps its share")
     train.add_argument("--batch-images", type=PositiveInt, help="images a step; the learning rate follows")
     train.add_argument("--lr-per-256", type=PositiveFloat, help="learning rate for 256 images a step")
+    train.add_argument("--optimizer", type=Literal["sgd", "adamw", "lamb"], help="in place of the recipe's")
+    train.add_argument("--accumulation", type=PositiveInt, help="parts that a step's images are taken in: less memory")
+    train.add_argument("--clip-norm", type=NonNegativeFloat, help="largest norm of the gradient; 0: any")
+    train.add_argument("--batch-norm", type=BatchNorm, help="statistics: of a process, of all, or as they are")
+    train.add_argument("--precision", type=Precision, help="auto: bfloat16 on a GPU, float32 on a CPU")
+    train.add_argument("--init-from", type=str, metavar="WEIGHTS", help="first weights: safetensors, or a run's folder")
     train.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     train.add_argument("--out", type=str, metavar="RUN", help="a new folder (without it: the next runs/NAME-NUMBER)")
-    _seed_and_device(train)
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out; with nothing else said, as it was asked for"
+    )
+    train.add_argument("--save-minutes", type=NonNegativeFloat, default=10.0, help="between checkpoints; 0: never")
+    train.add_argument("--save-steps", type=NonNegativeInt, default=0, help="between checkpoints; 0: never")
+    train.add_argument("--keep-checkpoints", type=PositiveInt, default=3, help="the newest ones")
+    train.add_argument("--milestone-epochs", type=NonNegativeInt, default=0, help="between checkpoints kept for ever")
+    train.add_argument(
+        "--skip-non-finite", type=NonNegativeInt, default=0, metavar="STEPS", help="in a row to leave out, at most 10"
+    )
+    train.add_argument("--hang-timeout-s", type=NonNegativeFloat, default=1800.0, help="then exit with 4; 0: never")
+    train.add_argument("--log-steps", type=PositiveInt, default=10, help="between lines of log.jsonl")
+    train.add_argument("--tensorboard", action="store_true", help="write events to RUN/tensorboard too")
+    train.add_argument("--channels-last", action="store_true", help="memory format of images and kernels")
+    train.add_argument("--compile-model", action="store_true", help="torch.compile")
+    train.add_argument("--recompute", action="store_true", help="activations, in the backward pass: less memory")
+    train.add_argument("--seed", type=NonNegativeInt, help="two runs with one seed are equal on a CPU (default: 0)")
+    train.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
     commands.add_subcommand("train", train, help="train on a folder of images, or on handwritten digits")
 
     predict = ArgumentParser(description="The top classes of image files and their probabilities.", epilog=_EXIT_CODES)
@@ -167,6 +267,55 @@ def _parser() -> ArgumentParser:
     predict.add_argument("--top", type=PositiveInt, default=3, metavar="K", help="classes an image")
     predict.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto")
     commands.add_subcommand("predict", predict, help="classify image files with a run")
+
+    evaluate = ArgumentParser(
+        description="A run's accuracy on a folder of images: top-1, top-5, loss, a table by class, every mistake. Each "
+        "image counts once, also under torchrun.",
+        epilog=_EXIT_CODES,
+    )
+    evaluate.add_argument("run", type=str, metavar="RUN", help="the folder of a run of `lambdanets train`")
+    evaluate.add_argument(
+        "--data",
+        type=str,
+        metavar="FOLDER",
+        help="FOLDER/val/CLASS/*.jpg, or all of FOLDER/CLASS/*.jpg; without it: the images that the run held out",
+    )
+    evaluate.add_argument("--batch-images", type=PositiveInt, help="images a batch: changes memory and time only")
+    evaluate.add_argument(
+        "--exclude-bad", action="store_true", help="leave out images that cannot be read, and say so; else an error"
+    )
+    evaluate.add_argument("--out", type=str, metavar="NEW", help="a new folder (without it: RUN/evaluation-NUMBER)")
+    _workers_and_device(evaluate)
+    commands.add_subcommand("evaluate", evaluate, help="a run's accuracy on a folder of images")
+
+    report = ArgumentParser(
+        description="Write RUN/report.html again, with the weights as they are now: also while the run goes on.",
+        epilog=_EXIT_CODES,
+    )
+    report.add_argument("run", type=str, metavar="RUN", help="the folder of a run, finished or not")
+    _workers_and_device(report)
+    commands.add_subcommand("report", report, help="curves, mistakes and speed of a run in one HTML file")
+
+    pack = ArgumentParser(
+        description="Pack a folder of images into tar shards (WebDataset layout) with an index. After a fault, again: "
+        "finished shards are kept. Unreadable images are left out and listed in OUT/bad_samples.jsonl.",
+        epilog=_EXIT_CODES,
+    )
+    pack.add_argument("folder", type=str, metavar="FOLDER", help="as for `lambdanets train --data`; split as there")
+    pack.add_argument("out", type=str, metavar="OUT", help="a new folder: give it to `lambdanets train --data`")
+    pack.add_argument("--max-side-px", type=PositiveInt, metavar="N", help="shrink larger images to this longer side")
+    pack.add_argument("--shard-bytes", type=PositiveInt, metavar="N", help="largest shard, bytes (without it: 1 GiB)")
+    pack.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
+    commands.add_subcommand("pack", pack, help="pack a folder of images into tar shards")
+
+    index = ArgumentParser(
+        description="Index the tar shards of others, or compare every byte of indexed ones with their manifest.",
+        epilog=_EXIT_CODES,
+    )
+    index.add_argument("shards", type=str, metavar="SHARDS", help="a folder or URL with train-*.tar and val-*.tar")
+    index.add_argument("--out", type=str, metavar="FOLDER", help="where the index goes if SHARDS cannot be written")
+    index.add_argument("--classes", type=str, metavar="FILE", help="names of the classes, one a line")
+    commands.add_subcommand("index", index, help="index tar shards, or verify them")
 
     models = ArgumentParser(description="Every model: name, parameters, GFLOPs.")
     commands.add_subcommand("models", models, help="list the models")
@@ -180,11 +329,12 @@ def _parser() -> ArgumentParser:
         description="Train on the digits, write held-out digits as PNG files, predict them.", epilog=_EXIT_CODES
     )
     demo.add_argument("--out", type=str, metavar="RUN", help="a new folder (without it: the next runs/digits-N)")
-    _seed_and_device(demo)
+    demo.add_argument("--seed", type=NonNegativeInt, default=0, help="two runs with one seed are equal on a CPU")
+    demo.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
     commands.add_subcommand("demo", demo, help="train on handwritten digits, then predict some")
     return parser
 
 
-def _seed_and_device(parser: ArgumentParser) -> None:
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="two runs with one seed are equal on a CPU")
+def _workers_and_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import math
 import os
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"})
@@ -30,6 +33,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SYSTEM_NAMES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"})
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 SHOWN = 10  # names in a message
+CHUNK_IMAGES = 1 << 20
 _LAYOUTS = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg"
 # EXIF tag 0x0112 -> what turns the stored picture upright.  ImageOps.exif_transpose rewrites all tags besides, and
 # fails where one of the others is broken.
@@ -144,12 +148,12 @@ class Images(ABC):
 
     classes  names; a label is a position here
     names    one per picture, unique: a path relative to the data folder, or "digits/0123"
-    labels   one per picture, 0..len(classes)-1
+    labels   one per picture, 0..len(classes)-1; a list or an integer array
     """
 
     classes: tuple[str, ...]
     names: Sequence[str]
-    labels: Sequence[int]
+    labels: Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -157,6 +161,21 @@ class Images(ABC):
     @abstractmethod
     def load(self, index: int) -> Image.Image:
         """The picture, mode "RGB" or "L"; raises BadImage."""
+
+    def expect(self, ids: Sequence[int]) -> None:  # noqa: B027  # sets on a disk do nothing
+        """These will be loaded next, in this process: a remote set begins to fetch them."""
+
+    def label_parts(self) -> Iterator[np.ndarray[Any, np.dtype[np.integer[Any]]]]:
+        """All labels, a million at a time."""
+        for start in range(0, len(self.labels), CHUNK_IMAGES):
+            yield np.asarray(self.labels[start : start + CHUNK_IMAGES])
+
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change with the classes, any name, any label and their order."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for name, label in zip(self.names, self.labels, strict=True):
+            digest.update(f"\n{label} {name}".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -218,9 +237,20 @@ class FolderData:
     ignored: dict[str, Ignored]
 
 
+def absolute(path: str | Path) -> str:
+    """What `folder` takes, written so that it means the same in another working folder; a URL stays as it is."""
+    from . import shards
+
+    text = str(path)
+    if text.startswith(shards.STREAM):
+        return shards.STREAM + absolute(text.removeprefix(shards.STREAM))
+    return text if "://" in text else str(Path(path).resolve())
+
+
 def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderData:
     """Lists a folder of pictures: PATH/train/CLASS/... with PATH/val/CLASS/..., or PATH/CLASS/... split here.
 
+    A folder or URL of shards (`shards.open_shards`) is recognised by its manifest, and keeps the split it was given.
     The validation folder is the first of val, valid, validation, test.  Without one, a picture is held out if a hash of
     (seed, name) falls below `val_frac`: a new file moves no other, except in a class so small that one side would stay
     empty (there the lowest hash validates, the highest trains).  Classes are the folders of train in natural order (2
@@ -233,8 +263,14 @@ def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderD
     root = Path(path)
     if not 0 < val_frac < 1:
         raise ValueError(f"val_frac is {val_frac}: it must lie between 0 and 1")
+    from . import shards  # here: it reads pictures with this module
+
+    if shards.is_shards(path):
+        return shards.open_shards(path)
     if not root.is_dir():
         raise BadData(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: {_LAYOUTS}")
+    if archives := sorted(root.glob("*.tar")):
+        raise BadData(f"{root} holds {len(archives):,} archives and no {shards.MANIFEST}: lambdanets index {root}")
     ignored: dict[str, list[str]] = defaultdict(list)
     places = {name.lower(): name for name in _folders(root)}
     train_place = places.get("train", "")
@@ -312,7 +348,7 @@ def _classes(root: Path, top: str, ignored: dict[str, list[str]]) -> dict[str, l
                 ignored["outside a class folder"].append(shown)
             else:
                 found[of].append(shown)
-    return {of: sorted(found[of]) for of in sorted(found, key=_natural)}
+    return {of: sorted(found[of]) for of in sorted(found, key=natural)}
 
 
 def _split(
@@ -332,7 +368,8 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_NAMES
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def natural(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts 2 before 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
@@ -351,11 +388,61 @@ def hash_of(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+class Order:
+    """The ids 0..n_images-1 shuffled, a function of (seed, epoch); any part is computed when it is asked for.
+
+    Nothing is stored: a keyed Feistel network on the pairs (a, b) with id = a * columns + b permutes a little more than
+    n_images numbers, and a number beyond the last id is permuted again until it is one.
+
+    >>> Order(5, seed=0, epoch=0)[0:5].tolist()
+    [2, 4, 0, 1, 3]
+    """
+
+    _ROUNDS = 12  # places, and pairs of neighbours, look drawn by chance (chi-square) from 8 on
+
+    def __init__(self, n_images: int, *, seed: int, epoch: int) -> None:
+        self.n_images = n_images
+        self._columns = max(1, math.isqrt(max(0, n_images - 1)) + 1)
+        self._rows = -(-n_images // self._columns)
+        self._keys = [np.uint64(hash_of("order", seed, epoch, part)) for part in range(self._ROUNDS)]
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def __getitem__(self, part: slice) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The ids at these places, int64."""
+        ids = self._permuted(np.arange(*part.indices(self.n_images), dtype=np.uint64))
+        while (outside := ids >= self.n_images).any():  # ends: the walk follows the cycle that a place of ours is on
+            ids[outside] = self._permuted(ids[outside])
+        return ids.astype(np.int64)
+
+    def _permuted(self, ids: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
+        row, column = np.divmod(ids, columns)
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                row = (row + _scrambled(column, key) % rows) % rows
+            else:
+                column = (column + _scrambled(row, key) % columns) % columns
+        return row * columns + column
+
+
+def _scrambled(values: np.ndarray[Any, np.dtype[np.uint64]], key: np.uint64) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """64 bits from 64 bits: the finishing steps of splitmix64, whose every output bit depends on every input bit."""
+    values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key  # wraps, as arrays of unsigned numbers do
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def check_labels(images: Images) -> None:
     """Raises BadData at the first label outside 0..len(classes)-1, naming the sample."""
     if len(images.labels) != len(images.names):
         raise BadData(f"{len(images.names):,} names but {len(images.labels):,} labels")
     last = len(images.classes) - 1
-    for name, label in zip(images.names, images.labels, strict=True):
-        if not 0 <= label <= last:
+    start = 0
+    for labels in images.label_parts():
+        if (wrong := np.flatnonzero((labels < 0) | (labels > last))).size:
+            name, label = images.names[start + int(wrong[0])], labels[wrong[0]]
             raise BadData(f"{name} has the label {label}: labels run from 0 to {last} ({last + 1} classes)")
+        start += len(labels)

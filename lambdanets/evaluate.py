@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,11 @@ from torch.nn import functional as F
 
 from lambdanets.batches import Batches, View
 from lambdanets.data import BadImage, open_image
+from lambdanets.distributed import Ranks
+
+
+class EvaluationStopped(Exception):
+    """`go_on` said no on some rank, so that there are no scores."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,9 @@ class Scores:
     top5_frac    share whose label is among the first five; None where there are five classes or fewer
     loss         mean cross-entropy, nats, without label smoothing
     confusion    confusion[label][predicted]: images; the sum of all is n
-    ids          the images' numbers in their data set, in the order of `predicted`
-    predicted    the first class of each image
+    ids          the images' numbers in their data set, ascending
+    predicted    the first class of each image, in the order of `ids`
+    losses       cross-entropy of each image, nats, in the order of `ids`
     """
 
     n: int
@@ -35,6 +41,7 @@ class Scores:
     confusion: list[list[int]]
     ids: list[int]
     predicted: list[int]
+    losses: list[float] = field(default_factory=list)
 
     @property
     def errors(self) -> int:
@@ -47,40 +54,61 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, *, classes: int, device: torch.device) -> Scores:
-    """Run the model in eval mode and float32 over every image of the batches, once, and count.
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    classes: int,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Scores:
+    """Run the model in eval mode and its own precision over every image of the batches, once, and count.
 
     model     (b, C, H, W) -> (b, classes) logits; its training mode is put back afterwards
-    batches   made with training=False
+    batches   made with training=False, and with this rank's number where there are several
+    ranks     those that share the images; every rank gets the scores of all images. The counts, and with them top-1 and
+              top-5, are whole numbers: equal for any number of ranks
+    go_on     asked after every batch; False ends the evaluation on all ranks with EvaluationStopped
     Raises what `batches` raises for an image that cannot be read.
     """
+    ranks = ranks or Ranks.alone()
     was_training = model.training
     model.eval()
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    ids: list[int] = []
-    predicted: list[int] = []
-    loss_sum, in_five = 0.0, 0
-    for images, labels, batch_ids in batches.epoch(0):
-        logits = model(images.to(device)).cpu()  # (b, classes)
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
-        first = logits.argmax(dim=1)
-        confusion += torch.bincount(labels * classes + first, minlength=classes**2).view(classes, classes)
-        if classes > 5:
-            in_five += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
-        ids.extend(int(i) for i in batch_ids)
-        predicted.extend(first.tolist())
+    found: list[tuple[int, int, float]] = []
+    loss_sum, in_five, stopped = 0.0, 0, False
+    with ranks.together():
+        for images, labels, batch_ids in batches.epoch(0):
+            logits = model(images.to(device, dtype)).cpu()  # (b, classes)
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            loss_sum += losses.sum(dtype=torch.float64).item()
+            first = logits.argmax(dim=1)
+            confusion += torch.bincount(labels * classes + first, minlength=classes**2).view(classes, classes)
+            if classes > 5:
+                in_five += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
+            found.extend(zip(map(int, batch_ids), first.tolist(), losses.tolist(), strict=True))
+            if stopped := not go_on():
+                break
     model.train(was_training)
-    n = len(predicted)
+    loss_sum, in_five_sum, stops = ranks.sum(loss_sum, in_five, stopped)
+    if stops:
+        raise EvaluationStopped("the evaluation was stopped")
+    confusion = ranks.sum_counts(confusion)
+    found = sorted((i, label, loss) for part in ranks.all(found) for i, label, loss in part)
+    n = len(found)
     if n == 0:
         raise ValueError("evaluate: the batches hold no image")
     return Scores(
         n=n,
         top1_frac=int(confusion.diagonal().sum()) / n,
-        top5_frac=in_five / n if classes > 5 else None,
+        top5_frac=int(in_five_sum) / n if classes > 5 else None,
         loss=loss_sum / n,
         confusion=confusion.tolist(),
-        ids=ids,
-        predicted=predicted,
+        ids=[i for i, _, _ in found],
+        predicted=[label for _, label, _ in found],
+        losses=[loss for _, _, loss in found],
     )
 
 

@@ -74,7 +74,7 @@ def project(
     parts: Sequence[Tensor] = product(x, weight, bias).split([len(w) for w in weights], 1)
     if training:  # contiguous: batch norm takes up to three times as long on a slice
         maps = [y.unflatten(2, x.shape[2:]).contiguous() for y in parts]
-        parts = [(y if norm is None else norm(y)).flatten(2) for y, norm in zip(maps, norms, strict=True)]
+        parts = [(y if norm is None else normed(norm, y)).flatten(2) for y, norm in zip(maps, norms, strict=True)]
     return [y.mT for y in parts]
 
 
@@ -112,6 +112,18 @@ def plain(module: nn.Module | None) -> bool:
     if isinstance(module, _CONV):
         return type(module) in _CONV and module.weight[0, 0].numel() == module.groups == max(module.stride) == 1
     return type(module) in _BATCH_NORM and module.running_var is not None and module.weight is not None
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), whose gradient is right for a batch of one too.
+
+    The gradient comes back position by position. Where b is 1 its strides could be those of several layouts, and
+    PyTorch's batch norm (2.15, CPU) takes them for the wrong one: silently other gradients, of the weights too.
+    """
+    y: Tensor = norm(x)
+    if y.requires_grad and y.shape[0] == 1 and not torch.compiler.is_compiling():  # compiled code has its own
+        y.register_hook(torch.Tensor.contiguous)
+    return y
 
 
 class StrictLoading(nn.Module):
@@ -360,7 +372,8 @@ class LambdaLayer(StrictLoading):
         convs, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, None, self.norm_v)
         if context is not x or not all(plain(part) for part in (*convs, *norms)):
             keys = None if self.to_k is None else self.to_k(context).flatten(2).mT
-            return self.norm_q(self.to_q(x)).flatten(2).mT, keys, self.norm_v(self.to_v(context)).flatten(2).mT
+            values = normed(self.norm_v, self.to_v(context)).flatten(2).mT
+            return normed(self.norm_q, self.to_q(x)).flatten(2).mT, keys, values
         used = [(conv, norm) for conv, norm in zip(convs, norms, strict=True) if conv is not None]
         q, *keys, values = project(
             x, [conv.weight.flatten(1) for conv, _ in used], [conv.bias for conv, _ in used], [norm for _, norm in used]

@@ -6,19 +6,21 @@ import copy
 import math
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import Lamb, param_groups_weight_decay
 from torch import nn
 
 from lambdanets.recipes import Recipe
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The model's trainable parameters in two groups: those that decay and those that do not.
+def parameter_groups(model: nn.Module, weight_decay: float, *, everything: bool = False) -> list[dict]:
+    """The model's trainable parameters in two groups: those that decay and those that do not. One with `everything`.
 
     No decay on parameters of one dimension (biases, batch norm) and on the names of `model.no_weight_decay()`, the
     relative tables: a table is N(0, 1) by the paper's initialisation, and decay would shrink the positions away.
     A parameter shared by several layers is in one group, once.
     """
+    if everything:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
     named = getattr(model, "no_weight_decay", set)
     groups: list[dict] = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=named())
     return groups
@@ -26,9 +28,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser over `parameter_groups`; its rate is set before every step from `learning_rate`."""
-    groups = parameter_groups(model, recipe.weight_decay)
+    groups = parameter_groups(model, recipe.weight_decay, everything=recipe.decay_everything)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.momentum, 0.999))
+    if recipe.optimizer == "lamb":  # its own clipping would hide ours
+        return Lamb(groups, lr=recipe.peak_lr, betas=(recipe.momentum, 0.999), max_grad_norm=None)
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 _NAMED_CLASSES = 30  # more names than this cannot be read along an axis
+_STRETCHES = 400  # points of a curve by steps
 _NUMBERED_CLASSES = 15  # more numbers than this cannot be read in the cells
 
 
@@ -25,29 +26,74 @@ def curves_png(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: 0.4 s, and an extra
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)  # no pyplot: no display is looked for and no state is kept
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.1))
-    epochs = [row["epoch"] for row in history]
-
     loss = figure.add_subplot(grid[0, 0])
+    _draw_curves(loss, figure.add_subplot(grid[1, 0], sharex=loss), history)
+    _draw_confusion(figure, figure.add_subplot(grid[:, 1]), confusion, classes)
+    return _saved(figure, "png")
+
+
+def curves_svg(history: Sequence[dict[str, Any]], steps: Sequence[tuple[int, float]]) -> str:
+    """The curves side by side, as an <svg> element that stands in an HTML page by itself.
+
+    history  as for `curves_png`; it may be empty
+    steps    (step, training loss) of single steps; the picture holds the means of 400 stretches at most
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    panels = list(figure.subplots(1, bool(steps) + 2 * bool(history), squeeze=False)[0])
+    if steps:
+        size = -(-len(steps) // _STRETCHES)
+        stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
+        at = [sum(step for step, _ in part) / len(part) for part in stretches]
+        panels[0].plot(at, [sum(loss for _, loss in part) / len(part) for part in stretches], linewidth=1)
+        panels[0].set(xlabel="step", ylabel="training loss of single steps, nats")
+        panels[0].grid(alpha=0.3)
+    if history:
+        _draw_curves(panels[-2], panels[-1], history)
+        panels[-2].set_xlabel("epoch")
+    text = _saved(figure, "svg").decode()
+    return text[text.index("<svg") :]
+
+
+def confusion_png(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> bytes:
+    """Draw the confusion matrix alone, as the bytes of a PNG; arguments as `curves_png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    side = min(14.0, max(6.5, 0.28 * len(classes) + 3))  # inches: a name an axis mark, up to 30
+    figure = Figure(figsize=(side, 0.85 * side), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, parse_math=False)
+    _draw_confusion(figure, figure.add_subplot(), confusion, classes)
+    return _saved(figure, "png")
+
+
+def _draw_curves(loss: Any, accuracy: Any, history: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
     loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="train (augmented, smoothed labels)")
     loss.plot(epochs, [row["val_loss"] for row in history], marker=".", label="held out")
     loss.set(ylabel="cross-entropy, nats", xlim=(0.5, len(epochs) + 0.5))
     loss.set_ylim(bottom=0)
-    accuracy = figure.add_subplot(grid[1, 0], sharex=loss)
     accuracy.plot(epochs, [100 * row["train_top1_frac"] for row in history], marker=".", label="train (augmented)")
     accuracy.plot(epochs, [100 * row["val_top1_frac"] for row in history], marker=".", label="held out")
-    accuracy.set(xlabel="epoch", ylabel="top-1, %")
-    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+    accuracy.set(xlabel="epoch", ylabel="top-1, %", xlim=loss.get_xlim())
     for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
 
-    matrix = figure.add_subplot(grid[:, 1])
+
+def _draw_confusion(figure: Any, matrix: Any, confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     image = matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=matrix, label="share of the label's images", shrink=0.8)
@@ -65,10 +111,13 @@ def curves_png(
                     matrix.text(
                         j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black"
                     )
+
+
+def _saved(figure: Any, form: str) -> bytes:
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a class in a script that matplotlib's font lacks: boxes
-        figure.savefig(content, format="png")
+        figure.savefig(content, format=form)
     return content.getvalue()
 
 

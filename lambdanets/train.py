@@ -1,47 +1,43 @@
-"""The main job: a recipe and images in, a folder with weights, numbers and a picture out. One process, one device.
+"""The main job: a recipe and images in, a folder with weights, numbers and pictures out. One process or many.
 
-1. What can be wrong is looked for first: folder, extras, device, images, model. Only then is anything written.
-2. A step: images -> loss -> gradients. If either is not finite the run stops there, before the weights change.
-3. An epoch: the running average is evaluated on the held-out images, its weights are written, then run.json.
-4. The end: the last epoch's weights are the result. No epoch is picked by its accuracy on the held-out images.
+1. What can be wrong is looked for first (start.py): folder, extras, device, images, model. Then something is written.
+2. Every rank comes to the same decisions, from numbers summed over all of them; an error on one is an error on all.
+   Rank 0 alone writes. What a rank must draw, it draws from (seed, step, rank); its images are a part of (seed, epoch).
+3. Before a step the run may end or be saved: the state is that of a whole number of steps. A signal, SIGTERM or Ctrl-C,
+   is answered there, with a checkpoint. A resumed run computes what the killed one would have, to the bit.
+4. A step: images -> loss -> gradients. If either is not finite on any rank, all stop there, before the weights change;
+   or they leave the step out, where that was asked for.
+5. An epoch: the running average is evaluated on the held-out images, its weights are written, then run.json.
+6. The end: the last epoch's weights are the result. No epoch is picked by its accuracy on the held-out images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
-import re
+import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-import lambdanets
-from lambdanets import data as images_on_disk
 from lambdanets import optim
-from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import (
-    BAD_SAMPLES,
-    CURVES,
-    RUN_JSON,
-    WEIGHTS,
-    BadRun,
-    choose_folder,
-    save_weights,
-    versions,
-    write_atomically,
-    write_json,
-)
-from lambdanets.data import Images
-from lambdanets.evaluate import Scores, evaluate
-from lambdanets.recipes import BadRecipe, Recipe
+from lambdanets.batches import Batch
+from lambdanets.checkpoint import CURVES, RUN_JSON, WEIGHTS, save_weights, versions, write_atomically, write_json
+from lambdanets.distributed import LostProcess, Ranks
+from lambdanets.evaluate import EvaluationStopped, Scores, evaluate
+from lambdanets.learner import Gradients, Learner, train_mode
+from lambdanets.log import Log
+from lambdanets.recipes import Options, Recipe
 from lambdanets.report import Progress, curves_png
+from lambdanets.results import REPORT, write_report
+from lambdanets.start import Start, look
+from lambdanets.steps import Checkpoints
+from lambdanets.watchdog import Interrupted, Terminated, Watchdog
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -58,7 +54,25 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.scores} after {self.seconds:.0f} s\n{self.folder}: {WEIGHTS}, {RUN_JSON}, {CURVES}"
+        return f"{self.scores} after {self.seconds:.0f} s\n{self.folder}: {WEIGHTS}, {RUN_JSON}, {CURVES}, {REPORT}"
+
+
+@dataclass
+class _Position:
+    """Where a run is: with the learner's state, all that it needs to go on. Sums are of this epoch, over all ranks."""
+
+    step: int = 0  # batches taken, the left-out ones too
+    epoch: int = 0
+    batch: int = 0
+    seen: int = 0
+    right: int = 0
+    loss_sum: float = 0.0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    total_s: float = 0.0
+    left_out: int = 0
+    left_out_in_a_row: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -69,242 +83,364 @@ def train(
     seed: int = 0,
     device: str = "auto",
     workers: int = 0,
+    resume: bool = False,
+    init_from: str | Path | None = None,
+    options: Options | None = None,
 ) -> Result:
     """Train `recipe` on the images and write the folder of the run (checkpoint.py lists its files).
+
+    Under torchrun every process calls it with the same arguments, and the run is one: the batch is divided.
 
     data      a folder of images, as `lambdanets.data.folder` reads it; None: scikit-learn's digits
     out       a new or empty folder; None: the next runs/NAME-N
     seed      decides first weights, order, augmentation and dropout; two runs on one CPU are equal to the bit
-    device    "cpu", "cuda", "cuda:1"; "auto": the first GPU, or else the CPU
-    workers   processes that read images; 0: this one. They change the speed, never the run
+    device    "cpu", "cuda", "cuda:1"; "auto": the first GPU, or else the CPU. Of several processes each has its own GPU
+    workers   processes that read images, for each process that trains; 0: itself. They change the speed, never the run
+    resume    go on with the run in `out` from its newest good checkpoint: recipe, seed and images must be the same. If
+              it is finished, its result is returned; if there is none yet, it starts, and says so
+    init_from a safetensors file or the folder of a run: the first weights, but for a classifier of other classes
+    options   how it is computed, saved and watched; a resumed run may have others
     Raises, before the first step and before anything is written: BadRun (folder, device, missing extra), BadRecipe
-    (model or its image size), BadData and BadImage (images). Later: NonFiniteLoss, KeyboardInterrupt, and
-    BadData where too many training images are bad. A note on the error says which epoch's weights the folder holds.
+    (model or its image size), BadData and BadImage (images). Later: NonFiniteLoss; Terminated and KeyboardInterrupt,
+    after a checkpoint; LostProcess (another rank failed, or a process that reads images was killed); BadRun where three
+    checkpoints in a row could not be written; BadData where too many training images are bad. A note on the error
+    says which weights the folder holds.
     """
-    folder = choose_folder(out, recipe.name)
-    _check_extras(digits=data is None)
-    where = choose_device(device)
-    train_images, val_images, how, ignored = _read_data(data)
-    classes = train_images.classes
-    view = View(recipe.image_px, recipe.in_channels, recipe.mean, recipe.std, recipe.crop_frac, recipe.interpolation)
-    batches = Batches(
-        train_images,
-        view,
-        batch_images=recipe.batch_images,
-        training=True,
-        seed=seed,
-        augment=recipe.augment,
-        randaugment_ops=recipe.randaugment_ops,
-        randaugment_magnitude=recipe.randaugment_magnitude,
-        workers=workers,
-        bad_file=folder / BAD_SAMPLES,
-    )
-    val_batches = Batches(val_images, view, batch_images=recipe.eval_batch_images, training=False, workers=workers)
-    _check_model(recipe, len(classes), min(len(train_images), recipe.batch_images))
-    for _ in val_batches.epoch(0):
-        pass  # evaluation may not skip an image: one that cannot be read is found now, not after the first epoch
-
-    record: dict[str, Any] = {
-        "status": "running",
-        "recipe": dataclasses.asdict(recipe),
-        "view": dataclasses.asdict(view),
-        "classes": list(classes),
-        "data": {
-            "source": "scikit-learn digits" if data is None else str(Path(data).resolve()),
-            "how": how,
-            "ignored": ignored,
-            "train_images": len(train_images),
-            "val_images": len(val_images),
-        },
-        "seed": seed,
-        "device": str(where),
-        "versions": versions(),
-        "history": [],
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        open(folder / RUN_JSON, "x").close()  # of two runs that start together, one gets the folder
-        write_json(folder / RUN_JSON, record)
-    except FileExistsError:
-        raise BadRun(f"--out {folder} was just taken by another run: name another folder") from None
-    except OSError as error:
-        raise BadRun(f"--out {folder} cannot be written ({error}): name another folder") from error
-
-    passed_over = "".join(f"; ignored {count}: {why}" for why, (count, _) in ignored.items())
-    print(f"{how}{passed_over}")
-    print(f"{recipe.model}, {recipe.image_px} px, {recipe.epochs} epochs on {where}: {folder}", flush=True)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):  # the caller's randomness stays
-        return _run(recipe, batches, val_batches, record, folder)
+    with Ranks() as ranks:
+        start = look(
+            recipe, data, out=out, seed=seed, device=device, workers=workers, resume=resume, init_from=init_from,
+            options=options or Options(), ranks=ranks,
+        )  # fmt: skip
+        if start.old is not None and start.old["status"] == "finished":
+            if ranks.first:
+                print(f"{start.folder} is finished: there is nothing to go on with")
+            return _result_of(start.folder, start.old)
+        where, state, store = start.device, None, None
+        with (
+            torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),  # the caller's randomness stays
+            contextlib.ExitStack() as opened,
+        ):
+            with ranks.together():
+                if ranks.first and start.old is not None:
+                    store = opened.enter_context(Checkpoints(start.folder, keep_last=start.options.keep_checkpoints))
+                    if (found := store.newest()) is not None:
+                        state = found.load()
+            state = ranks.from_first(state)
+            with ranks.together():
+                torch.manual_seed(seed % 2**63)
+                learner = Learner(
+                    recipe,
+                    len(start.record["classes"]),
+                    batch_images=min(recipe.batch_images, len(start.batches.images)),
+                    seed=seed,
+                    device=where,
+                    ranks=ranks,
+                    init_from=init_from if state is None else None,
+                    channels_last=start.options.channels_last,
+                    recompute=start.options.recompute,
+                )
+                if state is not None:
+                    learner.load_state(state["learner"])
+                if ranks.first:  # the first thing that is written
+                    if store is None:
+                        store = opened.enter_context(
+                            Checkpoints(start.folder, keep_last=start.options.keep_checkpoints)
+                        )
+                    start.begin(learner.began_from)
+            with ranks.together():  # stacks and bad images are listed on the machine of the rank
+                start.folder.mkdir(parents=True, exist_ok=True)
+            learner.parallelise(compile_model=start.options.compile_model)
+            run = _Run(start, ranks, learner, store)
+            run.go_on_from(state, asked=resume)
+            del state
+            return run.to_the_end()
 
 
-def _run(recipe: Recipe, batches: Batches, val_batches: Batches, record: dict[str, Any], folder: Path) -> Result:
+class _Run:
     """The loop. `record` becomes run.json; it is written after every epoch and at every way out."""
-    started = time.monotonic()
-    seed, where, classes, history = record["seed"], torch.device(record["device"]), record["classes"], record["history"]
-    amp = recipe.amp and where.type == "cuda"
-    torch.manual_seed(seed % 2**63)
-    model = _create(recipe, len(classes)).to(where)
-    average = optim.RunningAverage(model, recipe.ema_decay)
-    optimizer = optim.optimizer(model, recipe)
-    total_steps = recipe.epochs * len(batches)
-    warmup_steps = round(recipe.warmup_epochs * len(batches))
-    step = 0
-    progress = Progress(recipe.epochs, len(batches) * min(recipe.batch_images, len(batches.images)))
-    try:
-        for epoch in range(recipe.epochs):
-            epoch_started = time.monotonic()
-            model.train()
-            seen, right, loss_sum = 0, 0, 0.0
-            for images, labels, ids in batches.epoch(epoch):
-                torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)  # dropout: by (seed, step)
-                lr = optim.learning_rate(step, recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                images, labels = images.to(where), labels.to(where)
-                with torch.autocast(where.type, dtype=torch.bfloat16, enabled=amp):
-                    logits = model(images)
-                logits = logits.float()  # (b, classes)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                optimizer.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
-                if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-                    names = [batches.images.names[i] for i in ids]
-                    raise _non_finite(record, folder, step, loss.item(), norm, names)
-                optimizer.step()
-                average.update(model, step)
-                step += 1
-                seen += len(labels)
-                right += int((logits.argmax(dim=1) == labels).sum())
-                loss_sum += loss.item() * len(labels)
-                progress.step(len(labels), epoch, loss_sum / seen, right / seen)
-            train_s = time.monotonic() - epoch_started
-            scores = evaluate(average.module, val_batches, classes=len(classes), device=where)
-            if not math.isfinite(scores.loss):
-                raise NonFiniteLoss(f"the loss on the held-out images is {scores.loss} after epoch {epoch + 1}")
-            row = {
-                "epoch": epoch + 1,
-                "lr": lr,
-                "train_loss": loss_sum / seen,
-                "train_top1_frac": right / seen,
-                "val_loss": scores.loss,
-                "val_top1_frac": scores.top1_frac,
-                "train_s": round(train_s, 3),
-                "images_per_s": round(seen / train_s, 1),
-            }
-            save_weights(average.module, folder / WEIGHTS)
-            history.append(row)
-            write_json(folder / RUN_JSON, record)
-            progress.epoch(row)
-    except BaseException as error:
-        record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-        record["error"] = repr(error)
-        error.add_note(f"{record['status']} in epoch {len(history) + 1} of {recipe.epochs}: {_kept(folder, history)}")
-        with contextlib.suppress(OSError):  # a full disk must not hide the first error
-            write_json(folder / RUN_JSON, record)
-        raise
-    finally:
-        progress.close()
 
-    record["status"] = "finished"
-    seconds = time.monotonic() - started
-    record["result"] = {
-        "n": scores.n,
-        "errors": scores.errors,
-        "top1_frac": scores.top1_frac,
-        "top5_frac": scores.top5_frac,
-        "loss": scores.loss,
-        "seconds": round(seconds, 1),
-        "bad_train_images": len(batches.bad),
-        "confusion": scores.confusion,
-    }
-    write_json(folder / RUN_JSON, record)
-    title = f"{recipe.model}, {recipe.image_px} px, seed {seed}: {scores}"
-    write_atomically(folder / CURVES, curves_png(history, scores.confusion, classes, title))
-    return Result(folder, scores, history, seconds)
+    def __init__(self, start: Start, ranks: Ranks, learner: Learner, store: Checkpoints | None) -> None:
+        recipe, batches = start.recipe, start.batches
+        self.recipe, self.options, self.ranks, self.learner = recipe, start.options, ranks, learner
+        self.batches, self.val_batches = batches, start.val_batches
+        self.record, self.folder, self.store = start.record, start.folder, store
+        self.at = _Position()
+        self.total_steps = recipe.epochs * len(batches)
+        self.warmup_steps = round(recipe.warmup_epochs * len(batches))
+        self.batch_images = min(recipe.batch_images, len(batches.images))
 
-
-def _non_finite(
-    record: dict[str, Any], folder: Path, step: int, loss: float, norm: float, names: Sequence[str]
-) -> NonFiniteLoss:
-    """Put what is known of the step into the record, and make the error of it."""
-    record["non_finite"] = {
-        "step": step,
-        "epoch": len(record["history"]) + 1,
-        "loss": str(loss),  # JSON has no NaN
-        "gradient_norm": str(norm),
-        "images": list(names),
-    }
-    more = f" and {len(names) - 10} more (all: {folder / RUN_JSON})" if len(names) > 10 else ""
-    return NonFiniteLoss(
-        f"step {step}: the loss is {loss}, the gradient's norm {norm}. The images were {', '.join(names[:10])}{more}. "
-        "Look at them, or try a lower --lr-per-256"
-    )
-
-
-def _kept(folder: Path, history: Sequence[dict[str, Any]]) -> str:
-    if not history:
-        return f"no epoch was finished, so {folder} holds no weights"
-    return f"the weights of epoch {history[-1]['epoch']} are in {folder / WEIGHTS}"
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU, or else the CPU. Raises BadRun where it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise BadRun(f"--device must be cpu, cuda, cuda:NUMBER or auto, not {device!r}")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
-        reason = str(error).splitlines()[0]
-        raise BadRun(f"--device {device} cannot be used: {reason} 'auto' takes a GPU if there is one") from error
-    return torch.device(device)
-
-
-def _check_extras(*, digits: bool) -> None:
-    needed = [("matplotlib", "plots", "curves.png is drawn with it")]
-    if digits:
-        needed.append(("sklearn", "digits", "the digits come with scikit-learn"))
-    for module, extra, why in needed:
-        if importlib.util.find_spec(module) is None:
-            raise BadRun(f"{module} is not installed ({why}): pip install 'lambdanets[{extra}]'")
-
-
-def _read_data(data: str | Path | None) -> tuple[Images, Images, str, dict[str, Any]]:
-    """Training images, held-out images, a sentence on where they come from, and what a folder held besides."""
-    if data is None:
-        train_images, val_images = images_on_disk.digits()
-        how = f"scikit-learn's digits: {len(train_images):,} to train, {len(val_images):,} held out, a fixed split"
-        return train_images, val_images, how, {}
-    found = images_on_disk.folder(data)
-    return found.train, found.val, found.how, {why: list(files) for why, files in found.ignored.items()}
-
-
-def _create(recipe: Recipe, classes: int) -> torch.nn.Module:
-    return lambdanets.create_model(
-        recipe.model,
-        num_classes=classes,
-        in_channels=recipe.in_channels,
-        drop_rate=recipe.drop_rate,
-        drop_path_rate=recipe.drop_path_rate,
-    )
-
-
-def _check_model(recipe: Recipe, classes: int, smallest_batch_images: int) -> None:
-    """Run the smallest batch through the model on the meta device, which checks sizes and computes nothing."""
-    try:
-        with torch.device("meta"):
-            model = _create(recipe, classes)
-    except ValueError as error:  # an unknown name
-        raise BadRecipe(f"model: {error}") from error
-    size = (smallest_batch_images, recipe.in_channels, recipe.image_px, recipe.image_px)
-    try:
-        model.train()(torch.empty(size, device="meta"))
-    except (ValueError, RuntimeError) as error:
-        remedy = "give another --image-px"
-        if smallest_batch_images == 1 and "more than 1 value per channel" in str(error):
-            remedy = (
-                "batch norm needs two: give another --batch-images, so that the last batch holds more than one image"
+    def go_on_from(self, state: dict[str, Any] | None, *, asked: bool) -> None:
+        """Take the position of a checkpoint, or the first step, and say which."""
+        if state is not None:
+            self.at = _Position(**state["position"])
+            self.batches.bad.update(state["bad"])
+        at, recipe = self.at, self.recipe
+        self.record["history"] = at.history
+        if self.ranks.first:
+            begins = f"goes on after step {at.step} of {self.total_steps}"
+            if state is None:
+                begins = "has no checkpoint to go on from and starts at its first step" if asked else "starts"
+            on = self.learner.device if self.ranks.ranks == 1 else f"{self.ranks.ranks} processes"
+            print(
+                f"{recipe.model}, {recipe.image_px} px, {recipe.epochs} epochs on {on}: {self.folder} {begins}",
+                flush=True,
             )
-        raise BadRecipe(f"{recipe.model} cannot train on a batch of {size}: {error}; {remedy}") from error
+            self.record["starts"].append({"step": at.step, "ranks": self.ranks.ranks, "versions": versions()})
+
+    def to_the_end(self) -> Result:
+        """Every step and epoch that is left, then the result."""
+        at = self.at
+        self.began_s = time.monotonic() - at.total_s
+        self.saved_s, self.saved_step = time.monotonic(), at.step
+        self.progress: Progress | None = None  # rank 0's, as the log
+        self.log: Log | None = None
+        scores: Scores | None = None
+        stacks = self.folder / f"stacks-rank{self.ranks.rank}.txt"
+        try:
+            with Watchdog(
+                stacks, hang_timeout_s=self.options.hang_timeout_s, words=self.ranks.words, tell=self.ranks.tell
+            ) as self.watch:
+                with self.ranks.together():
+                    if self.ranks.first:
+                        self.log = Log(self.folder, first_step=at.step, tensorboard=self.options.tensorboard)
+                        self.progress = Progress(self.recipe.epochs, len(self.batches) * self.batch_images)
+                        self._write_record()
+                while at.epoch < self.recipe.epochs:
+                    scores = self._epoch()
+                if scores is None:  # the last epoch was over when this run was killed
+                    scores = self._evaluate()
+                with self.ranks.together():
+                    if self.store is not None:
+                        self.store.wait()
+        except BaseException as error:
+            error = self._named(error)
+            stopped_by_hand = isinstance(error, (KeyboardInterrupt, Terminated))
+            self.record["status"] = "interrupted" if stopped_by_hand else "stopped"
+            self.record["error"] = repr(error)
+            error.add_note(f"{self.record['status']} in epoch {at.epoch + 1} of {self.recipe.epochs}: {self._kept()}")
+            with contextlib.suppress(OSError):  # a full disk must not hide the first error
+                self._write_record()
+            raise error from error.__cause__
+        finally:
+            for shown in (self.progress, self.log):
+                if shown is not None:
+                    shown.close()
+        return self._finish(scores)
+
+    def _epoch(self) -> Scores:
+        at = self.at
+        train_mode(self.learner.model, self.recipe)
+        stream = self.batches.epoch(at.epoch, first_batch=at.batch)
+        while at.batch < len(self.batches):
+            started = time.monotonic()
+            batch, wait_s = self._next_batch(stream)
+            self._step(batch, wait_s)
+            at.train_s += time.monotonic() - started
+            self.watch.beat()
+        scores = self._evaluate()
+        if not math.isfinite(scores.loss):
+            raise NonFiniteLoss(f"the loss on the held-out images is {scores.loss} after epoch {at.epoch + 1}")
+        row = {
+            "epoch": at.epoch + 1,
+            "lr": self._rate(at.step - 1),
+            "train_loss": at.loss_sum / max(1, at.seen),
+            "train_top1_frac": at.right / max(1, at.seen),
+            "val_loss": scores.loss,
+            "val_top1_frac": scores.top1_frac,
+            "train_s": round(at.train_s, 3),
+            "data_wait_s": round(at.wait_s, 3),
+            "images_per_s": round(at.seen / at.train_s, 1),
+        }
+        at.history.append(row)
+        at.epoch, at.batch, at.seen, at.right, at.loss_sum, at.train_s, at.wait_s = at.epoch + 1, 0, 0, 0, 0.0, 0.0, 0.0
+        with self.ranks.together():
+            if self.ranks.first:
+                save_weights(self.learner.average.module, self.folder / WEIGHTS)
+                self._write_record()
+                assert self.progress is not None
+                assert self.log is not None
+                self.progress.epoch(row)
+                self.log.write(at.step - 1, val_loss=scores.loss, val_top1_frac=scores.top1_frac, epoch=at.epoch)
+        if self.options.milestone_epochs and at.epoch % self.options.milestone_epochs == 0:
+            self._save(milestone=True)
+        return scores
+
+    def _next_batch(self, stream: Iterator[Batch]) -> tuple[Batch, float]:
+        """The next batch and the seconds waited for it; what is due between two steps is done here, on all ranks."""
+        batch, failed = None, None
+        started = time.monotonic()
+        try:
+            with self.watch.interruptible():
+                batch = next(stream)
+            if self.store is not None:
+                self.store.check()
+        except Interrupted:
+            pass
+        except Exception as error:
+            failed = self._named(error)
+        wait_s = time.monotonic() - started
+        due = self.ranks.first and self._save_is_due()
+        stops, failures, saves = self.ranks.sum(self.watch.signal is not None, failed is not None, due)
+        if stops:
+            self._stop()
+        if failures:
+            told = self.ranks.all(None if failed is None else f"{type(failed).__name__}: {failed}")
+            if failed is None:
+                failed = LostProcess(next(f"rank {rank} failed: {text}" for rank, text in enumerate(told) if text))
+            raise failed
+        if saves:
+            self._save()
+        assert batch is not None
+        return batch, wait_s
+
+    def _step(self, batch: Batch, wait_s: float) -> None:
+        at, ranks = self.at, self.ranks
+        lr = self._rate(at.step)
+        found = self.learner.gradients(batch.images, batch.labels, at.step)
+        loss_sum, right, seen, waited_s = ranks.sum(found.loss_sum, found.right, len(batch.labels), wait_s)
+        loss = loss_sum / seen
+        if math.isfinite(loss) and math.isfinite(found.norm):
+            self.learner.apply(at.step, lr, found.norm)
+            at.left_out_in_a_row = 0
+            at.seen, at.right, at.loss_sum = at.seen + int(seen), at.right + int(right), at.loss_sum + loss_sum
+        else:
+            self._not_finite(batch, found, loss)
+            self.learner.leave_out()
+        at.step, at.batch, at.wait_s = at.step + 1, at.batch + 1, at.wait_s + waited_s / ranks.ranks
+        if self.progress is not None and self.log is not None:
+            shown = max(1, at.seen)
+            self.progress.step(int(seen), at.epoch, at.loss_sum / shown, at.right / shown)
+            if at.step % self.options.log_steps == 0 or at.batch == len(self.batches):
+                speed = at.seen / at.train_s if at.train_s else 0.0
+                self.log.write(
+                    at.step - 1, loss=loss, lr=lr, norm=found.norm, images_per_s=round(speed, 1),
+                    data_wait_s=round(at.wait_s, 4),
+                )  # fmt: skip
+
+    def _not_finite(self, batch: Batch, found: Gradients, loss: float) -> None:
+        """Raise NonFiniteLoss, on every rank the same, unless such a step may be left out."""
+        at = self.at
+        if math.isfinite(loss) and found.scale > 1:  # float16: this is how its scale is found
+            at.left_out += 1
+            return
+        names = [self.batches.images.names[i] for i in batch.ids]
+        told = self.ranks.all([math.isfinite(found.loss_sum), names])
+        suspects = [name for finite, theirs in told if not finite for name in theirs]
+        suspects = suspects or [name for _, theirs in told for name in theirs]
+        what = {
+            "step": at.step,
+            "epoch": at.epoch + 1,
+            "loss": str(loss),  # JSON has no NaN
+            "gradient_norm": str(found.norm),
+            "images": suspects,
+        }
+        at.left_out, at.left_out_in_a_row = at.left_out + 1, at.left_out_in_a_row + 1
+        if self.log is not None:
+            self.log.write(at.step, non_finite=what)
+        if at.left_out_in_a_row <= self.options.skip_non_finite:
+            return
+        self.record["non_finite"] = what
+        more = f" and {len(suspects) - 10} more (all: {self.folder / RUN_JSON})" if len(suspects) > 10 else ""
+        raise NonFiniteLoss(
+            f"step {at.step}: the loss is {loss}, the gradient's norm {found.norm}. "
+            f"The images were {', '.join(suspects[:10])}{more}. "
+            "Look at them, try a lower --lr-per-256, or leave such steps out: --skip-non-finite"
+        )
+
+    def _evaluate(self) -> Scores:
+        def go_on() -> bool:
+            self.watch.beat()
+            return self.watch.signal is None
+
+        try:
+            return evaluate(
+                self.learner.average.module,
+                self.val_batches,
+                classes=len(self.record["classes"]),
+                device=self.learner.device,
+                ranks=self.ranks,
+                go_on=go_on,
+            )
+        except EvaluationStopped:
+            self._stop()
+            raise
+
+    def _save_is_due(self) -> bool:
+        steps, minutes = self.at.step - self.saved_step, (time.monotonic() - self.saved_s) / 60
+        by_step = self.options.save_steps and steps >= self.options.save_steps
+        by_time = self.options.save_minutes and minutes >= self.options.save_minutes
+        return steps > 0 and bool(by_step or by_time)
+
+    def _save(self, *, milestone: bool = False, wait: bool = False) -> None:
+        """Save the state of `at.step` steps; the thread of the store writes it, unless it is waited for."""
+        bad = {name: reason for theirs in self.ranks.all(self.batches.bad) for name, reason in theirs.items()}
+        self.at.total_s = time.monotonic() - self.began_s
+        with self.ranks.together():
+            if self.store is not None:
+                position = dataclasses.asdict(self.at)
+                state = {"learner": self.learner.state(), "position": position, "bad": bad}
+                self.store.save(self.at.step, state, milestone=milestone)
+                if wait:
+                    self.store.wait()
+        self.saved_s, self.saved_step = time.monotonic(), self.at.step
+
+    def _stop(self) -> None:
+        self._save(wait=True)
+        text = f"stopped after step {self.at.step} of {self.total_steps}, which is saved: go on with --resume"
+        raise KeyboardInterrupt(text) if self.watch.signal == signal.SIGINT else Terminated(text)
+
+    def _rate(self, step: int) -> float:
+        peak = self.recipe.peak_lr
+        return optim.learning_rate(step, peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+    def _named(self, error: BaseException) -> BaseException:
+        """The loader's RuntimeError, which comes by a signal and so out of any line, by its right name."""
+        if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+            return error
+        why = " ".join(str(error).split())
+        lost = LostProcess(
+            f"a process that reads images is gone ({why}): go on with --resume, maybe with less --workers"
+        )
+        lost.__cause__ = error
+        return lost
+
+    def _kept(self) -> str:
+        history = self.at.history
+        if not history:
+            return f"no epoch was finished, so {self.folder} holds no weights"
+        return f"the weights of epoch {history[-1]['epoch']} are in {self.folder / WEIGHTS}"
+
+    def _write_record(self) -> None:
+        if self.ranks.first:
+            write_json(self.folder / RUN_JSON, self.record)
+
+    def _finish(self, scores: Scores) -> Result:
+        history, classes = self.at.history, self.record["classes"]
+        seconds = time.monotonic() - self.began_s
+        bad = {name for theirs in self.ranks.all(list(self.batches.bad)) for name in theirs}
+        self.record["status"] = "finished"
+        self.record["result"] = {
+            "n": scores.n,
+            "errors": scores.errors,
+            "top1_frac": scores.top1_frac,
+            "top5_frac": scores.top5_frac,
+            "loss": scores.loss,
+            "seconds": round(seconds, 1),
+            "bad_train_images": len(bad),
+            "left_out_steps": self.at.left_out,
+            "confusion": scores.confusion,
+        }
+        with self.ranks.together():
+            if self.ranks.first:
+                title = f"{self.recipe.model}, {self.recipe.image_px} px, seed {self.record['seed']}: {scores}"
+                write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
+                write_report(self.folder, self.record, scores, self.val_batches.images)
+                self._write_record()  # last: once it says "finished", a resumed run does nothing any more
+        return Result(self.folder, scores, history, seconds)
+
+
+def _result_of(folder: Path, record: dict[str, Any]) -> Result:
+    found = record["result"]
+    top5 = found["top5_frac"]
+    scores = Scores(found["n"], found["top1_frac"], top5, found["loss"], found["confusion"], ids=[], predicted=[])
+    return Result(folder, scores, record["history"], found["seconds"])

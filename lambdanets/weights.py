@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from . import resnet
-from .layer import like, mismatch, plain, project
+from .layer import like, mismatch, normed, plain, project
 from .ops import lambda_op
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
@@ -37,7 +37,7 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
             q, keys, values = project(x, self.qkv.weight.flatten(1).split(counts), biases, norms)
         else:
             q, keys, values = self.qkv(x).split([h * k, k, v], dim=1)
-            q, keys, values = (y.flatten(2).mT for y in (self.norm_q(q), keys, self.norm_v(values)))
+            q, keys, values = (y.flatten(2).mT for y in (normed(self.norm_q, q), keys, normed(self.norm_v, values)))
         q = q.reshape(b, n, h, k)
         y = lambda_op(
             q, keys.reshape(b, n, k, 1), values.reshape(b, n, v, 1), table=self._table(height, width),

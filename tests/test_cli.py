@@ -1,5 +1,6 @@
 """The command line as a new user meets it: fast answers, one message an error, documented exit codes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from lambdanets.checkpoint import open_run
 from lambdanets.cli import main
 from lambdanets.data import BadData
 from lambdanets.evaluate import predict
-from lambdanets.recipes import choose
+from lambdanets.recipes import Options, choose
 from lambdanets.recipes.imagenet import pareto
 
 COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
@@ -116,7 +117,22 @@ def test_the_recipe_follows_from_the_arguments(args, recipe, data, monkeypatch):
 
     monkeypatch.setattr(lambdanets.train, "train", fake)
     assert main(["train", *args, "--workers", "3"]) == 0
-    assert given == {"recipe": recipe, "data": data, "out": None, "seed": 0, "device": "auto", "workers": 3}
+    how = {"out": None, "seed": 0, "device": "auto", "workers": 3, "resume": False, "init_from": None}
+    assert given == {"recipe": recipe, "data": data, "options": Options(), **how}
+
+
+def test_every_option_of_training_arrives(monkeypatch):
+    given = {}
+    monkeypatch.setattr(lambdanets.train, "train", lambda recipe, data, **rest: given.update(recipe=recipe, **rest))
+    changes = "--optimizer lamb --accumulation 2 --clip-norm 1 --batch-norm sync --precision bfloat16"
+    saving = "--save-minutes 3 --save-steps 7 --keep-checkpoints 5 --milestone-epochs 2 --skip-non-finite 4"
+    rest = "--hang-timeout-s 60 --log-steps 2 --tensorboard --channels-last --compile-model --recompute"
+    more = "--init-from w.safetensors --resume --out run --seed 5"
+    assert main(["train", *f"{changes} {saving} {rest} {more}".split()]) == 0
+    assert given["options"] == Options(3.0, 7, 5, 2, 4, 60.0, 2, True, True, True, True)
+    asked = {"optimizer": "lamb", "accumulation": 2, "clip_norm": 1.0, "batch_norm": "sync", "precision": "bfloat16"}
+    assert asked.items() <= dataclasses.asdict(given["recipe"]).items()
+    assert (given["init_from"], given["resume"], given["out"], given["seed"]) == ("w.safetensors", True, "run", 5)
 
 
 def test_a_recipe_for_photographs_needs_a_folder(capsys):

@@ -10,6 +10,7 @@ import pickle
 import random
 import resource
 import struct
+import subprocess
 import time
 import warnings
 import zlib
@@ -60,7 +61,7 @@ PNG = encoded(noise(), "PNG")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_the_content_decides_and_not_the_suffix(kind, tmp_path):
+def test_r53_the_content_decides_and_not_the_suffix(kind, tmp_path):
     path = tmp_path / "picture.tiff"
     path.write_bytes(encoded(noise(), kind))
     image = open_image(path)
@@ -142,7 +143,7 @@ def test_damaged_bytes_are_a_picture_or_a_bad_image_and_nothing_else(kind, cut):
 
 
 @pytest.mark.parametrize("side_px", [7_100, 9_500, 20_000])  # above max_px; where Pillow warns; where Pillow raises
-def test_a_huge_picture_is_refused_by_its_header(side_px, tmp_path, monkeypatch):
+def test_r59_a_huge_picture_is_refused_by_its_header(side_px, tmp_path, monkeypatch):
     path = tmp_path / "huge.png"
     row_bytes = side_px // 8 + 1
     path.write_bytes(png_file(side_px, side_px, bits=1, colour=0, rows=bytes(row_bytes * side_px)))
@@ -175,7 +176,7 @@ def test_pillows_warnings_do_not_escape_and_filters_are_restored():
 
 
 @pytest.mark.parametrize("kind", ["mean", "ramp"])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped_to_white(kind):
+def test_r55_sixteen_bit_grey_is_scaled_and_not_clipped_to_white(kind):
     levels = np.full((8, 64), 20_000) if kind == "mean" else np.linspace(0, 65_535, 512).astype(int).reshape(8, 64)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     image = open_image(png_file(64, 8, bits=16, colour=0, rows=rows))
@@ -184,14 +185,14 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped_to_white(kind):
     assert np.abs(seen - (levels / 65_535)[..., None]).max() <= 0.5 / 255 + 1e-9
 
 
-def test_sixteen_bit_colour_is_right_to_a_level():
+def test_r55_sixteen_bit_colour_is_right_to_a_level():
     levels = np.random.default_rng(1).integers(0, 65_536, (8, 16, 3))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     seen = np.asarray(open_image(png_file(16, 8, bits=16, colour=2, rows=rows))) / 255
     assert np.abs(seen - levels / 65_535).max() < 1 / 255 + 1e-9
 
 
-def test_modes_become_rgb_with_the_right_values():
+def test_r54_modes_become_rgb_with_the_right_values():
     red, half = (255, 0, 0), (255, 127, 127)  # half-transparent red on white
     size = (16, 16)
     cases = {
@@ -211,7 +212,7 @@ def test_modes_become_rgb_with_the_right_values():
         assert np.abs(np.asarray(seen).astype(int) - colour).max() <= 1, name
 
 
-def test_a_transparent_palette_entry_is_white():
+def test_r54_a_transparent_palette_entry_is_white():
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 0, 255, 0])
     image.putpixel((0, 0), 0)
@@ -221,14 +222,14 @@ def test_a_transparent_palette_entry_is_white():
         assert seen.getpixel((1, 1)) == (0, 255, 0)
 
 
-def test_adobes_inverted_cmyk_is_not_a_negative():
+def test_r54_adobes_inverted_cmyk_is_not_a_negative():
     plain = encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "JPEG")  # no ink: white; Pillow writes Adobe's way
     assert b"Adobe" in plain
     assert open_image(plain).getpixel((3, 3)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_an_animation_is_its_first_frame(kind):
+def test_r58_an_animation_is_its_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -237,7 +238,7 @@ def test_an_animation_is_its_first_frame(kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied_once(orientation):
+def test_r56_the_exif_orientation_is_applied_once(orientation):
     upright = Image.new("L", (2, 3))
     upright.putdata([0, 50, 100, 150, 200, 250])
     stored_as = {  # what a camera writes for each tag: the inverse of the turn that the EXIF standard asks of a viewer
@@ -338,7 +339,7 @@ def test_the_validation_folder_is_named_in_how(name, tmp_path):
     assert f"train/ and {name}/ as given" in found.how
 
 
-def test_a_class_missing_or_empty_in_val_shifts_no_label(tmp_path):
+def test_r61_a_class_missing_or_empty_in_val_shifts_no_label(tmp_path):
     fill(tmp_path, {"train/a": 2, "train/b": 2, "train/c": 2, "val/a": 0, "val/c": 1})
     found = data.folder(tmp_path)
     assert found.val.classes == ("a", "b", "c")
@@ -346,7 +347,7 @@ def test_a_class_missing_or_empty_in_val_shifts_no_label(tmp_path):
     assert "no validation images of a, b" in found.how
 
 
-def test_hidden_and_foreign_files_are_ignored_and_counted(tmp_path):
+def test_r58_r62_hidden_and_foreign_files_are_ignored_and_counted(tmp_path):
     fill(tmp_path, {"train/a": 3, "train/b": 3, "train/.ipynb_checkpoints": 2, "train/__MACOSX/a": 2,
                     "train/a/.ipynb_checkpoints": 2, "val/a": 1, "val/b": 1, "val/.cache": 1})  # fmt: skip
     for name in ("train/.DS_Store", "train/a/.DS_Store", "train/a/._0.png", "train/a/Thumbs.db", "train/b/notes.txt",
@@ -374,7 +375,7 @@ def test_ignored_names_are_at_most_ten(tmp_path):
     assert (files, len(names)) == (25, 10)
 
 
-def test_every_suffix_is_found_in_any_case(tmp_path):
+def test_r58_every_suffix_is_found_in_any_case(tmp_path):
     fill(tmp_path, {"a": 0, "b": 1})
     (tmp_path / "b" / "1.png").write_bytes(PNG)
     for suffix in data.IMAGE_SUFFIXES:
@@ -444,7 +445,7 @@ def test_the_split_does_not_depend_on_the_place_of_the_folder(tmp_path):
         ({"train": 5, "val": 5}, ["val", "no train/"]),
     ],
 )
-def test_an_unusable_folder_says_what_was_found_and_what_to_do(files, words, tmp_path):
+def test_r61_an_unusable_folder_says_what_was_found_and_what_to_do(files, words, tmp_path):
     with pytest.raises(BadData) as caught:
         data.folder(fill(tmp_path / "set", files) if files else tmp_path)
     for word in words:
@@ -498,7 +499,7 @@ def numbered(n_images: int, broken: tuple[int, ...] = ()) -> Numbered:
 
 
 @pytest.mark.parametrize("label", [3, -1, -100])
-def test_a_label_out_of_range_names_sample_label_and_range(label):
+def test_r64_a_label_out_of_range_names_sample_label_and_range(label):
     images = numbered(9)
     images.labels[4] = label
     for check in (data.check_labels, lambda bad: Batches(bad, GREY, batch_images=2, training=False)):
@@ -640,6 +641,78 @@ def test_randaugment_fills_what_it_uncovers_with_grey():
         assert torch.equal(picture, picture[:, :1, :1].expand_as(picture))
 
 
+def test_erasing_makes_a_rectangle_of_noise_by_the_seed_and_leaves_the_rest():
+    plain = batching.training_transform(COLOUR, augment="none")
+    never = batching.training_transform(COLOUR, augment="none", erase_frac=0.0)
+    assert torch.equal(never(noise()), plain(noise()))
+    half = batching.training_transform(replace(COLOUR, image_px=32), augment="imagenet", erase_frac=0.5)
+    whole = batching.training_transform(replace(COLOUR, image_px=32), augment="imagenet")
+    erased = 0
+    for seed in range(60):
+        seeded(seed)
+        before = whole(noise())
+        seeded(seed)
+        after = half(noise())
+        seeded(seed)
+        assert torch.equal(half(noise()), after)
+        changed = (after != before).any(dim=0)
+        if changed.any():
+            erased += 1
+            rows, columns = changed.any(dim=1).nonzero(), changed.any(dim=0).nonzero()
+            box = changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert box.all()
+            assert 0.01 < box.numel() / changed.numel() < 0.4
+    assert 18 <= erased <= 42
+    with pytest.raises(ValueError, match=r"erase_frac is 1\.5"):
+        batching.training_transform(COLOUR, augment="imagenet", erase_frac=1.5)
+
+
+MIXES = [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}]
+
+
+@pytest.mark.parametrize("alphas", MIXES, ids=["mixup", "cutmix", "either"])
+def test_r4_mixing_is_a_function_of_seed_and_step_on_any_number_of_ranks(alphas):
+    images = torch.rand(8, 3, 16, 16)
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    kept = images.clone()
+    seen = set()
+    for step in range(6):
+        mixed, targets = batching.mix(images, labels, classes=8, seed=3, step=step, **alphas)
+        torch.manual_seed(step)
+        np.random.seed(step)  # noqa: NPY002
+        ambient = np.random.get_state()[1].tolist()  # noqa: NPY002
+        parts = [
+            batching.mix(images[a : a + 2], labels[a : a + 2], classes=8, seed=3, step=step, **alphas)
+            for a in range(0, 8, 2)
+        ]
+        assert torch.equal(torch.cat([part[0] for part in parts]), mixed)
+        assert torch.equal(torch.cat([part[1] for part in parts]), targets)
+        assert np.random.get_state()[1].tolist() == ambient  # noqa: NPY002
+        share = targets[0, 0].item()
+        seen.add(round(share, 6))
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+        for one, other in ((0, 1), (1, 0), (6, 7)):  # neighbours, in the shares that the targets state
+            torch.testing.assert_close(targets[one, other], torch.tensor(1 - share))
+            blend = share * images[one] + (1 - share) * images[other]
+            cut = (mixed[one] == images[other]).all(dim=0)
+            assert torch.allclose(mixed[one], blend, atol=1e-6) or abs(cut.float().mean().item() - (1 - share)) < 1e-6
+    assert len(seen) > 3
+    assert torch.equal(images, kept)
+
+
+def test_nothing_is_mixed_unasked_and_an_odd_last_image_stays():
+    images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    same_images, targets = batching.mix(images, labels, classes=3, seed=0, step=0)
+    assert same_images is images
+    assert torch.equal(targets.argmax(dim=1), labels)
+    mixed, targets = batching.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=1.0)
+    assert torch.equal(mixed[4], images[4])
+    assert targets[4].tolist() == [0, 1, 0]
+    assert not torch.equal(mixed[3], images[3])
+    with pytest.raises(ValueError, match="mixup_alpha is -1"):
+        batching.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=-1)
+
+
 def test_no_augmentation_is_the_view_of_evaluation():
     assert torch.equal(batching.training_transform(COLOUR, augment="none")(noise()), COLOUR.evaluate(noise()))
 
@@ -706,6 +779,73 @@ def test_training_batches_are_full_and_no_image_repeats(n_images, batch_images, 
         assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == batch.ids
 
 
+@pytest.mark.parametrize("n_images", [2, 3, 5, 64, 101, 4097])
+def test_the_order_is_a_permutation_computed_in_any_part(n_images):
+    for seed, epoch in ((0, 0), (0, 1), (3, 0)):
+        order = batching.Order(n_images, seed=seed, epoch=epoch)
+        whole = order[0:n_images]
+        assert sorted(whole.tolist()) == list(range(n_images))
+        assert [order[start : start + 7].tolist() for start in range(0, n_images, 7)] == [
+            whole[start : start + 7].tolist() for start in range(0, n_images, 7)
+        ]
+
+
+def test_the_order_looks_drawn_by_chance():
+    n, epochs = 32, 1500
+    places, neighbours = np.zeros((n, n)), np.zeros((n, n))
+    for epoch in range(epochs):
+        ids = batching.Order(n, seed=1, epoch=epoch)[0:n]
+        places[np.arange(n), ids] += 1
+        neighbours[ids[:-1], ids[1:]] += 1
+    expected = epochs / n  # of each id at each place, and of each pair of neighbours
+    assert 0.8 < ((places - expected) ** 2 / expected).sum() / (n - 1) ** 2 < 1.2
+    pairs = neighbours[~np.eye(n, dtype=bool)]
+    assert 0.8 < ((pairs - expected) ** 2 / expected).sum() / (n * n - 2 * n) < 1.2  # 2 rounds instead of 12: above 50
+    five = {tuple(batching.Order(5, seed=0, epoch=epoch)[0:5].tolist()) for epoch in range(1500)}
+    assert len(five) == 120  # every order occurs
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_r4_r46_ranks_share_out_the_batches_of_one_process(training, ranks):
+    images = numbered(101)
+    whole = [b.ids for b in Batches(images, GREY, batch_images=25, training=training, seed=5).epoch(1)]
+    apart = [
+        Batches(images, GREY, batch_images=25, training=training, seed=5, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    parts = [[b.ids for b in batches.epoch(1)] for batches in apart]
+    assert [len(batches) for batches in apart] == [len(part) for part in parts]
+    if training:
+        assert [[index for part in parts for index in part[step]] for step in range(4)] == whole
+        assert parts[1][2:] == [b.ids for b in apart[1].epoch(1, first_batch=2)]
+    else:  # the last batch holds one image: one rank has it, the others have a batch less
+        assert sorted(index for part in parts for ids in part for index in ids) == list(range(101))
+        assert sorted(len(part) for part in parts) == [4] * (ranks - 1) + [5]
+        few = [Batches(numbered(2), GREY, batch_images=8, training=False, rank=r, ranks=ranks) for r in range(ranks)]
+        assert sorted(b.ids for batches in few for b in batches.epoch(0)) == ([[0], [1]])
+
+
+def test_impossible_ranks_are_refused():
+    for rank, ranks in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank is {rank} of {ranks}"):
+            Batches(numbered(9), GREY, batch_images=4, training=True, rank=rank, ranks=ranks)
+    with pytest.raises(ValueError, match="batch_images is 3, of 9 images, for 4 ranks"):
+        Batches(numbered(9), GREY, batch_images=3, training=True, rank=0, ranks=4)
+
+
+def test_a_fingerprint_changes_with_classes_names_labels_and_order():
+    images = numbered(9)
+    other = [
+        replace(images, classes=("class0", "class1", "class9")),
+        replace(images, names=[*images.names[:-1], "else.png"]),
+        replace(images, labels=[*images.labels[:-1], 0]),
+        replace(images, names=images.names[::-1], labels=images.labels[::-1]),
+    ]
+    assert len({x.fingerprint() for x in (images, numbered(9), *other)}) == 5
+    assert numbered(9).fingerprint() == images.fingerprint()
+
+
 def test_too_few_images_and_impossible_sizes_are_refused():
     with pytest.raises(BadData, match="1 image"):
         Batches(numbered(1), GREY, batch_images=4, training=True)
@@ -731,7 +871,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch():
         assert all(not torch.equal(other.images[other.ids.index(i)], first.images[first.ids.index(i)]) for i in both)
 
 
-def test_the_same_bits_for_any_number_of_workers_and_any_ambient_state():
+def test_r3_the_same_bits_for_any_number_of_workers_and_any_ambient_state():
     train, _ = data.digits()
     arguments = {"batch_images": 100, "training": True, "seed": 7, "augment": "digits"}
     alone = Batches(train, GREY, **arguments)
@@ -749,7 +889,7 @@ def test_the_same_bits_for_any_number_of_workers_and_any_ambient_state():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_resumes_at_any_batch(workers):
+def test_r2_an_epoch_resumes_at_any_batch(workers):
     batches = Batches(data.digits()[0], GREY, batch_images=300, training=True, augment="digits", workers=workers)
     whole = list(batches.epoch(2))
     assert len(whole) == 4
@@ -780,7 +920,7 @@ def test_a_second_epoch_ends_the_first_with_an_error():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_replaced_by_a_function_of_seed_epoch_and_id(workers, tmp_path):
+def test_r50_a_bad_image_is_replaced_by_a_function_of_seed_epoch_and_id(workers, tmp_path):
     images = numbered(200, broken=(17, 130))
     bad_file = tmp_path / "bad_samples.jsonl"
 
@@ -832,7 +972,7 @@ def test_a_resumed_run_lists_no_bad_image_twice(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_images_stop_training_with_names_and_remedy(workers, tmp_path):
+def test_r50_too_many_bad_images_stop_training_with_names_and_remedy(workers, tmp_path):
     bad_file = tmp_path / "bad.jsonl"
     images = numbered(120, broken=tuple(range(0, 120, 4)))
     batches = Batches(
@@ -870,7 +1010,7 @@ def test_a_set_without_a_readable_image_ends_with_an_error():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_replaces_nothing(workers):
+def test_r51_evaluation_replaces_nothing(workers):
     batches = Batches(
         numbered(60, broken=(33,)), GREY, batch_images=20, training=False, workers=workers, max_bad_frac=1.0
     )
@@ -881,7 +1021,7 @@ def test_evaluation_replaces_nothing(workers):
     assert str(error) == "class0/0033.png: the file is empty"  # also from a worker: no traceback in the text
 
 
-def test_bad_files_on_disk_are_found_named_and_replaced(tmp_path):
+def test_r50_bad_files_on_disk_are_found_named_and_replaced(tmp_path):
     fill(tmp_path, {"train/a": 40, "train/b": 40, "val/a": 2, "val/b": 2})
     (tmp_path / "train" / "b" / "7.png").write_bytes(PNG[:100])
     (tmp_path / "val" / "a" / "1.png").write_bytes(b"<html>")
@@ -904,6 +1044,23 @@ def test_workers_end_with_the_batches():
     for worker in workers:
         worker.join(10)
         assert not worker.is_alive()
+
+
+def test_r9_a_signal_to_every_process_leaves_the_readers_to_the_run():
+    """torchrun passes SIGTERM to the whole group: readers that died of it would fail the step that is to be saved."""
+    before = set(multiprocessing.active_children())
+    batches = Batches(numbered(20), GREY, batch_images=5, training=True, workers=2)
+    want = [batch.ids for batch in batches.epoch(0)]
+    workers = set(multiprocessing.active_children()) - before
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)  # not their parent
+    time.sleep(0.2)
+    assert [batch.ids for batch in batches.epoch(0)] == want
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()  # their parent
+        worker.join(5)
+        assert worker.exitcode == 0
 
 
 def test_an_epoch_of_digits_takes_well_under_a_second():

@@ -495,3 +495,20 @@ def test_one_layer_has_the_papers_parameter_counts(dim: int) -> None:
     projections = sum(p.numel() for n, p in layer.named_parameters() if n.startswith("to_"))
     assert projections == {64: 6_144, 128: 14_336, 256: 36_864, 512: 106_496}[dim]
     assert layer.table.numel() == 8_464
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("side", "stride"), [(8, 1), (5, 2)])
+def test_a_batch_of_one_has_the_gradients_that_it_has_beside_a_copy_of_itself(side, stride, training):
+    """Batch statistics of x twice are those of x; so are the gradients. torch's batch norm gets this wrong alone."""
+    layer = LambdaLayer(32, scope=7, key_depth=8, stride=stride).double().train(training)
+    x = torch.randn(1, 32, side, side).double()
+    found = []
+    for copies in (1, 2):
+        layer.zero_grad()
+        given = x.repeat(copies, 1, 1, 1).requires_grad_()
+        (layer(given).square().sum() / copies).backward()
+        grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
+        found.append({**grads, "x": given.grad.sum(0)})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-9, atol=1e-9)

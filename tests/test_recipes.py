@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from lambdanets.recipes import BadRecipe, Recipe, choose
+from lambdanets.recipes import BadRecipe, Options, Recipe, choose
 from lambdanets.recipes.digits import digits
 from lambdanets.recipes.folder import folder
-from lambdanets.recipes.imagenet import layer_comparison, pareto
+from lambdanets.recipes.imagenet import PARETO, finetune, layer_comparison, pareto, pareto_hours
 
 
 def test_recipes_import_no_torch():
@@ -60,7 +60,9 @@ def test_the_small_form_changes_size_and_length_only(recipe):
     assert small.warmup_epochs / small.epochs == pytest.approx(run.warmup_epochs / run.epochs)
 
 
-@pytest.mark.parametrize("run", [digits(), folder(), layer_comparison(), pareto(50, 128)], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "run", [digits(), folder(), layer_comparison(), pareto(50, 128), finetune()], ids=lambda r: r.name
+)
 def test_a_recipe_survives_json(run):
     assert Recipe(**json.loads(json.dumps(dataclasses.asdict(run)))) == run
 
@@ -69,7 +71,9 @@ def test_a_recipe_survives_json(run):
     ("argument", "value"),
     [
         ("image_px", 0), ("epochs", 0), ("batch_images", 0), ("eval_batch_images", 0), ("in_channels", 2),
-        ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lamb"), ("augment", "cutout"),
+        ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lion"),
+        ("accumulation", 0), ("clip_norm", -1.0), ("batch_norm", "mine"), ("precision", "int8"),
+        ("mixup_alpha", -0.1), ("cutmix_alpha", -0.1), ("erase_frac", 1.1), ("augment", "cutout"),
         ("interpolation", "nearest"), ("momentum", 1.0), ("label_smoothing", 1.0), ("drop_rate", -0.1),
         ("drop_path_rate", 1.0), ("ema_decay", 1.0), ("weight_decay", -1e-4), ("crop_frac", 0.0),
         ("randaugment_ops", -1), ("mean", (0.5,)), ("std", (0.5,)),
@@ -107,7 +111,6 @@ def test_choose_finds_the_papers_row_by_model_and_size():
     ("name", "given", "message"),
     [
         ("nothing", {}, "recipe must be"),
-        ("digits", {"small": True}, "no small form"),
         ("digits", {"epochs": 0}, "epochs must be at least 1"),
         ("pareto", {"model": "resnet50_llll"}, "lambda_resnetDEPTH"),
         ("pareto", {"model": "lambda_resnet51"}, "depth must be one of 50, 101"),
@@ -116,3 +119,52 @@ def test_choose_finds_the_papers_row_by_model_and_size():
 def test_choose_refuses(name, given, message):
     with pytest.raises(BadRecipe, match=message):
         choose(name, **given)
+
+
+def test_every_row_of_the_papers_figure_is_a_recipe_with_its_hours():
+    assert len(PARETO) == 12  # paper.md section 3
+    for (depth, image_px), (seconds, top1) in PARETO.items():
+        run = pareto(depth, image_px)
+        steps = run.epochs * 1_281_167 / 1024
+        assert pareto_hours(depth, image_px) == pytest.approx(seconds * steps / 3600)
+        assert f"{depth},{image_px} {top1:g}" in " ".join(pareto.__doc__.split())
+    with pytest.raises(BadRecipe, match="no row of the paper's figure; those are 50 at 128"):
+        pareto_hours(50, 224)
+
+
+@pytest.mark.parametrize(
+    "recipe", [digits, folder, layer_comparison, finetune, lambda small: pareto(50, 128, small=small)]
+)
+def test_every_recipe_has_a_small_form(recipe):
+    small = recipe(small=True)
+    assert small.name.endswith("_small")
+    assert small.model == "lambda_resnet_tiny"
+    assert small.image_px <= 32
+    assert choose(small.name.removesuffix("_small"), small=True) == small
+
+
+def test_fine_tuning_says_that_nothing_of_it_is_the_papers():
+    assert "All of it is R" in finetune.__doc__
+    assert (finetune().batch_norm, finetune().ema_decay, finetune().clip_norm) == ("frozen", 0.0, 1.0)
+
+
+def test_a_recipe_of_the_first_version_is_understood():
+    record = dataclasses.asdict(digits())
+    for new in (
+        "precision",
+        "accumulation",
+        "clip_norm",
+        "decay_everything",
+        "batch_norm",
+        "erase_frac",
+        "mixup_alpha",
+    ):
+        del record[new]
+    assert Recipe.from_json({**record, "amp": True}) == digits()
+    assert Recipe.from_json({**record, "amp": False}).precision == "float32"
+
+
+@pytest.mark.parametrize(("option", "value"), [("save_steps", -1), ("log_steps", 0), ("skip_non_finite", 11)])
+def test_an_option_that_cannot_be_used_is_refused_by_name(option, value):
+    with pytest.raises(BadRecipe, match=f"^{option} must be"):
+        Options(**{option: value})

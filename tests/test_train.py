@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import shutil
 from types import SimpleNamespace
 
@@ -19,6 +18,8 @@ from torch.nn import functional as F
 import lambdanets
 import lambdanets.checkpoint
 import lambdanets.data
+import lambdanets.learner
+import lambdanets.start
 import lambdanets.train
 from lambdanets import optim
 from lambdanets.batches import Batches, View
@@ -33,33 +34,6 @@ from lambdanets.report import curves_png
 from lambdanets.train import NonFiniteLoss, train
 
 CPU = torch.device("cpu")
-COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 50, 40)}
-
-
-def write_images(root, count, seed):
-    """`count` noisy 32 px JPEGs of each colour."""
-    draw = random.Random(seed)
-    for name, colour in COLOURS.items():
-        folder = root / name
-        folder.mkdir(parents=True)
-        for i in range(count):
-            image = Image.new("RGB", (32, 32), tuple(min(255, max(0, c + draw.randint(-40, 40))) for c in colour))
-            image.paste((draw.randint(0, 255),) * 3, (8, 8, 16, 16))
-            image.save(folder / f"{i}.jpg")
-
-
-@pytest.fixture(scope="module")
-def _colours(tmp_path_factory):
-    root = tmp_path_factory.mktemp("colours")
-    write_images(root / "train", 8, seed=0)
-    write_images(root / "val", 3, seed=1)
-    return root
-
-
-@pytest.fixture
-def colours(_colours, tmp_path):
-    """A fresh folder of 24 training and 9 held-out images in 3 classes; a test may break it."""
-    return shutil.copytree(_colours, tmp_path / "colours")
 
 
 def tiny(**changes):
@@ -243,7 +217,8 @@ def test_predict_keeps_the_order_names_bad_files_and_holds_one_batch(tmp_path):
 def test_a_run_leaves_weights_numbers_and_a_picture(colours, tmp_path):
     result = train(tiny(), colours, out=tmp_path / "run", seed=5)
     folder = result.folder
-    assert {p.name for p in folder.iterdir()} == {"weights.safetensors", "run.json", "curves.png"}
+    written = {"weights.safetensors", "run.json", "curves.png", "report.html", "log.jsonl", ".lock"}
+    assert {p.name for p in folder.iterdir()} == written
 
     record = record_of(folder)
     assert record["status"] == "finished"
@@ -390,7 +365,7 @@ def poison(monkeypatch, at_step, how):
         loss = F.cross_entropy(*args, **kwargs)
         return how(loss) if next(steps) >= at_step else loss
 
-    monkeypatch.setattr(lambdanets.train, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    monkeypatch.setattr(lambdanets.learner, "F", SimpleNamespace(cross_entropy=cross_entropy))
 
 
 def bad_gradient(loss):
@@ -527,8 +502,9 @@ def test_a_folder_that_cannot_be_written_is_refused(colours, tmp_path):
 def test_of_two_runs_that_start_together_one_gets_the_folder(colours, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    monkeypatch.setattr(lambdanets.train, "choose_folder", lambda out, name: out)  # it saw the folder empty
-    refuse(BadRun, "just taken", tiny(), colours, tmp_path / "run")
+    monkeypatch.setattr(lambdanets.start, "choose_folder", lambda out, name: out)  # it saw the folder empty
+    with pytest.raises(BadRun, match="just taken"):
+        train(tiny(), colours, out=tmp_path / "run")
     assert (tmp_path / "run" / "run.json").read_text() == "{}"
 
 
@@ -602,9 +578,9 @@ def test_a_shared_table_is_written_under_each_name_and_loads_strictly(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def _finished(_colours, tmp_path_factory):
+def _finished(shared_colours, tmp_path_factory):
     torch.set_num_threads(1)
-    return train(tiny(epochs=1, warmup_epochs=0.0), _colours, out=tmp_path_factory.mktemp("runs") / "run").folder
+    return train(tiny(epochs=1, warmup_epochs=0.0), shared_colours, out=tmp_path_factory.mktemp("runs") / "run").folder
 
 
 @pytest.fixture

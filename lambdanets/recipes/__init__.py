@@ -1,16 +1,22 @@
-"""Training runs written down: one dataclass, one function for each run worth repeating. Nothing here imports torch."""
+"""Training runs written down: one dataclass, one function for each run worth repeating. Nothing here imports torch.
+
+`Recipe` is what a run learns, `Options` how it is computed and watched.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-RecipeName = Literal["digits", "folder", "layer_comparison", "pareto"]
+RecipeName = Literal["digits", "folder", "layer_comparison", "pareto", "finetune"]
+Precision = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+BatchNorm = Literal["local", "sync", "frozen"]
 
 
 class BadRecipe(ValueError):
@@ -25,20 +31,31 @@ class Recipe:
     model               a name of `lambdanets.list_models()`
     image_px            side of the square that the model sees, training and evaluation, pixels
     epochs              passes over the training images
-    batch_images        images a step; the learning rate follows it
+    batch_images        images a step, of all processes together; the learning rate follows it
+    accumulation        parts that a process takes its share of a step in, one after the other: the same gradient in
+                        less memory, but for batch norm, whose statistics are those of a part
     lr_per_256          learning rate for 256 images a step; the peak rate is lr_per_256 * batch_images / 256
     warmup_epochs       linear from 0 to the peak; then a cosine to 0
-    optimizer           "sgd" or "adamw"
-    momentum            SGD's momentum (no Nesterov), or AdamW's beta1
+    optimizer           "sgd", "adamw" or "lamb"
+    momentum            SGD's momentum (no Nesterov), or the others' beta1
+    clip_norm           the gradient is scaled down to this norm where it is larger; 0: never
     weight_decay        on matrices and kernels only: not on biases, norms and relative tables (optim.parameter_groups)
+    decay_everything    weight decay on those too
     label_smoothing     share of the target spread evenly over the classes, in [0, 1)
     augment             "none"; "imagenet": random resized crop and flip; "digits": a mild rotation, shift and zoom
     randaugment_ops     RandAugment operations an image, 0 for none
     randaugment_magnitude  their level in the TensorFlow code that the paper's numbers belong to, 3 to 15
+    erase_frac          share of the images of which a random rectangle is erased, in [0, 1]
+    mixup_alpha, cutmix_alpha   of the Beta distribution of the share in mixup and cutmix; 0: never; both: a step takes
+                        either
     drop_rate           dropout before the classifier, in [0, 1)
     drop_path_rate      stochastic depth of the last block, in [0, 1)
     ema_decay           the evaluated weights are a running average with this decay (warmed up); 0: the last weights
-    amp                 bfloat16 autocast where the device is a GPU; a CPU always computes in float32
+    batch_norm          "local": statistics of a process's own images, running ones averaged over the processes; "sync":
+                        of all processes' images; "frozen": the running ones, left as they are (for fine-tuning)
+    precision           "auto": bfloat16 autocast where the device is a GPU, float32 on a CPU; "float16": autocast with
+                        loss scaling; "bfloat16", "float32"; "float64": everything, to check the others. Weights,
+                        optimiser, loss and evaluation are float32
     in_channels         1: images are read as grey; 3: as RGB
     mean, std           of each channel, in [0, 1], subtracted and divided
     crop_frac           evaluation resizes the shorter side to image_px / crop_frac and takes the middle
@@ -59,17 +76,24 @@ class Recipe:
     batch_images: int
     lr_per_256: float
     warmup_epochs: float
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    accumulation: int = 1
+    optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
     momentum: float = 0.9
+    clip_norm: float = 0.0
     weight_decay: float = 0.0
+    decay_everything: bool = False
     label_smoothing: float = 0.0
     augment: Literal["none", "imagenet", "digits"] = "none"
     randaugment_ops: int = 0
     randaugment_magnitude: int = 0
+    erase_frac: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     ema_decay: float = 0.0
-    amp: bool = True
+    batch_norm: BatchNorm = "local"
+    precision: Precision = "auto"
     in_channels: int = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -90,16 +114,20 @@ class Recipe:
                 raise BadRecipe(f"{argument} must be {wanted}, not {getattr(self, argument)!r}")
 
         need(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name) is not None, "name", "letters, digits, '_', '.' or '-'")
-        for argument in ("image_px", "epochs", "batch_images", "eval_batch_images"):
+        for argument in ("image_px", "epochs", "batch_images", "accumulation", "eval_batch_images"):
             need(getattr(self, argument) >= 1, argument, "at least 1")
         need(self.in_channels in (1, 3), "in_channels", "1 (grey) or 3 (RGB)")
         need(self.lr_per_256 > 0, "lr_per_256", "greater than 0")
-        need(self.optimizer in ("sgd", "adamw"), "optimizer", "'sgd' or 'adamw'")
+        need(self.optimizer in ("sgd", "adamw", "lamb"), "optimizer", "'sgd', 'adamw' or 'lamb'")
+        need(self.batch_norm in get_args(BatchNorm), "batch_norm", "'local', 'sync' or 'frozen'")
+        need(self.precision in get_args(Precision), "precision", f"one of {', '.join(get_args(Precision))}")
         need(self.augment in ("none", "imagenet", "digits"), "augment", "'none', 'imagenet' or 'digits'")
         need(self.interpolation in ("bilinear", "bicubic"), "interpolation", "'bilinear' or 'bicubic'")
         for argument in ("momentum", "label_smoothing", "drop_rate", "drop_path_rate", "ema_decay"):
             need(0 <= getattr(self, argument) < 1, argument, "in [0, 1)")
-        need(self.weight_decay >= 0, "weight_decay", "at least 0")
+        for argument in ("weight_decay", "clip_norm", "mixup_alpha", "cutmix_alpha"):
+            need(getattr(self, argument) >= 0, argument, "at least 0")
+        need(0 <= self.erase_frac <= 1, "erase_frac", "in [0, 1]")
         need(0 < self.crop_frac <= 1, "crop_frac", "in (0, 1]")
         need(self.randaugment_ops >= 0, "randaugment_ops", "at least 0")
         if self.randaugment_ops:  # below 3 its posterize, as published, keeps no bit
@@ -122,9 +150,62 @@ class Recipe:
         """The learning rate after the warm-up: lr_per_256 * batch_images / 256 (paper.md section 4)."""
         return self.lr_per_256 * self.batch_images / 256
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Recipe:
+        """The recipe of a run.json. Raises BadRecipe or TypeError where it is none; 0.1.0's `amp` is understood."""
+        record = dict(record)
+        if "amp" in record:
+            record["precision"] = "auto" if record.pop("amp") else "float32"
+        return cls(**record)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What another recipe has that this one has not: "epochs 90, not 30" for each field."""
+        own, others = asdict(self), asdict(other)
+        return [f"{name} {others[name]!r}, not {own[name]!r}" for name in own if own[name] != others[name]]
+
     def with_epochs(self, epochs: int) -> Recipe:
         """The same run over another number of epochs: the warm-up keeps its share of it."""
         return replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is computed, saved, watched and shown. What it learns is the recipe's; a resumed run may change these.
+
+    save_minutes      minutes between checkpoints; 0: none by the clock
+    save_steps        steps between checkpoints; 0: none by the count
+    keep_checkpoints  newest ones that are kept
+    milestone_epochs  every so many epochs a checkpoint that is kept for ever; 0: none
+    skip_non_finite   steps in a row whose loss or gradient is not finite that are left out, at most 10; 0: the first
+                      ends the run
+    hang_timeout_s    seconds without a step, or a batch of the evaluation, after which the process writes its stacks
+                      and ends; 0: never
+    log_steps         steps between lines of log.jsonl
+    tensorboard       write its events too
+    channels_last     images and kernels with the channels innermost
+    compile_model     torch.compile
+    recompute         activations of a block are computed again in the backward pass instead of kept
+    """
+
+    save_minutes: float = 10.0
+    save_steps: int = 0
+    keep_checkpoints: int = 3
+    milestone_epochs: int = 0
+    skip_non_finite: int = 0
+    hang_timeout_s: float = 1800.0
+    log_steps: int = 10
+    tensorboard: bool = False
+    channels_last: bool = False
+    compile_model: bool = False
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        smallest = {"keep_checkpoints": 1, "log_steps": 1}
+        for name in ("save_minutes", "save_steps", "milestone_epochs", "hang_timeout_s", *smallest):
+            if not getattr(self, name) >= smallest.get(name, 0):
+                raise BadRecipe(f"{name} must be at least {smallest.get(name, 0)}, not {getattr(self, name)}")
+        if not 0 <= self.skip_non_finite <= 10:
+            raise BadRecipe(f"skip_non_finite must be in 0 to 10 steps, not {self.skip_non_finite}")
 
 
 def choose(
@@ -135,26 +216,31 @@ def choose(
     epochs: int | None = None,
     batch_images: int | None = None,
     lr_per_256: float | None = None,
+    optimizer: Literal["sgd", "adamw", "lamb"] | None = None,
+    accumulation: int | None = None,
+    clip_norm: float | None = None,
+    batch_norm: BatchNorm | None = None,
+    precision: Precision | None = None,
     small: bool = False,
 ) -> Recipe:
     """The recipe of that name with the given values in place of its own; what the command line calls.
 
     model, image_px  for "pareto" they select the row of the paper: "lambda_resnet152" and 224
     epochs           the warm-up keeps its share of the run
-    small            the form that a CPU finishes in a minute (there is one for "layer_comparison" and "pareto")
-    Raises BadRecipe: an unknown name, `small` where there is no small form, and whatever Recipe refuses.
+    small            the form that a CPU finishes in a minute
+    Raises BadRecipe: an unknown name, and whatever Recipe refuses.
 
     >>> choose("digits", epochs=3).epochs
     3
     """
     from lambdanets.recipes import digits, folder, imagenet  # here, because they import Recipe from this module
 
-    if small and name in ("digits", "folder"):
-        raise BadRecipe(f"small: the recipe {name!r} has no small form; give epochs and image_px instead")
     if name == "digits":
-        recipe = digits.digits()
+        recipe = digits.digits(small=small)
     elif name == "folder":
-        recipe = folder.folder()
+        recipe = folder.folder(small=small)
+    elif name == "finetune":
+        recipe = imagenet.finetune(small=small)
     elif name == "layer_comparison":
         recipe = imagenet.layer_comparison(small=small)
     elif name == "pareto":
@@ -165,7 +251,7 @@ def choose(
             )
         recipe = imagenet.pareto(int(depth[1]), image_px or 128, small=small)
     else:
-        raise BadRecipe(f"recipe must be 'digits', 'folder', 'layer_comparison' or 'pareto', not {name!r}")
+        raise BadRecipe(f"recipe must be one of {', '.join(get_args(RecipeName))}, not {name!r}")
 
     if epochs is not None:
         if epochs < 1:  # before with_epochs, whose own complaint would be about the warm-up
@@ -175,8 +261,13 @@ def choose(
         recipe = replace(recipe, model=model)
     if image_px is not None and not (small and name == "pareto"):
         recipe = replace(recipe, image_px=image_px)
-    if batch_images is not None:
-        recipe = replace(recipe, batch_images=batch_images)
-    if lr_per_256 is not None:
-        recipe = replace(recipe, lr_per_256=lr_per_256)
-    return recipe
+    changes: dict[str, Any] = {
+        "batch_images": batch_images,
+        "lr_per_256": lr_per_256,
+        "optimizer": optimizer,
+        "accumulation": accumulation,
+        "clip_norm": clip_norm,
+        "batch_norm": batch_norm,
+        "precision": precision,
+    }
+    return replace(recipe, **{argument: value for argument, value in changes.items() if value is not None})

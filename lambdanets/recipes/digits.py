@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lambdanets.recipes import Recipe
 
 
-def digits() -> Recipe:
+def digits(*, small: bool = False) -> Recipe:
     """A small LambdaResNet on scikit-learn's 1,797 scanned digits: 1,437 to train, 360 held out.
 
         lambdanets train
@@ -15,11 +17,12 @@ def digits() -> Recipe:
     one error in any of those runs; nothing else was tried on the held-out digits.
     The scans are 8 x 8; doubled to 16 px the first lambda stage sees 16 x 16 positions and the last one 4 x 4. AdamW,
     since 220 steps are few; mild rotation, shift and zoom, since people differ in these; the whole image is evaluated.
+    Nothing here is the paper's. `small` keeps the scans at 8 px for 4 epochs: nine of ten right in a few seconds.
 
     >>> digits().epochs, digits().peak_lr
     (10, 0.002)
     """
-    return Recipe(
+    run = Recipe(
         name="digits",
         model="lambda_resnet_tiny",
         image_px=16,
@@ -40,3 +43,4 @@ def digits() -> Recipe:
         crop_frac=1.0,
         interpolation="bilinear",
     )
+    return replace(run.with_epochs(4), name="digits_small", image_px=8) if small else run

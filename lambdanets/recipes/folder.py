@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lambdanets.recipes import Recipe
 
 
-def folder() -> Recipe:
+def folder(*, small: bool = False) -> Recipe:
     """LambdaResNet-50 from scratch at 160 px, 100 epochs: a start for a few thousand to a few hundred thousand images.
 
         lambdanets train --data FOLDER
 
     The values are the paper's for LambdaResNet-50 at 160 px (`imagenet.pareto(50, 160)`), with what one machine and
-    fewer images need changed: a batch of 64, 100 epochs, RandAugment at 9. No published number belongs to it. On a CPU
-    start with `--model lambda_resnet_tiny --image-px 32 --epochs 20`.
+    fewer images need changed: a batch of 64, 100 epochs, RandAugment at 9. No published number belongs to it. On a
+    CPU start with `small`: lambda_resnet_tiny at 32 px, 20 epochs.
 
     >>> folder().batch_images
     64
     """
-    return Recipe(
+    run = Recipe(
         name="folder",
         model="lambda_resnet50",
         image_px=160,
@@ -36,3 +38,5 @@ def folder() -> Recipe:
         drop_rate=0.2,
         ema_decay=0.9999,
     )
+    small_model = replace(run.with_epochs(20), name="folder_small", model="lambda_resnet_tiny", image_px=32)
+    return small_model if small else run

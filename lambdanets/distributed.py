@@ -1,0 +1,274 @@
+"""The ranks of a run: what they know of each other, what they agree on, and how they leave together.
+
+A run of one process is a run of one rank, and nothing is set up for it. Of several, gloo carries what is decided and
+whatever lives on CPUs, NCCL the gradients of GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from lambdanets.state import flatten, unflatten
+
+_WORDS = "why a rank left"
+
+
+class LostProcess(RuntimeError):
+    """A process that the run needs is gone or failed: another rank, or one that reads images; the message names it."""
+
+
+class Ranks:
+    """This process among those of the run, as torchrun's variables say: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*.
+
+        with Ranks() as ranks:
+            with ranks.together():       # an error on one rank is an error on all
+                data = read()
+            total, = ranks.sum(mine)
+
+    An exception that leaves the block is told to the other ranks, which raise LostProcess with its text: where they
+    next wait for this one, or by `words`, which a watchdog asks for.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self._store: dist.Store | None = None
+        self._asking: dist.Store | None = None  # its own connection: the watchdog's thread waits for nobody
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One rank, whatever the variables say."""
+        ranks = cls.__new__(cls)
+        ranks.rank, ranks.ranks, ranks.local_rank, ranks._store, ranks._asking = 0, 1, 0, None, None
+        return ranks
+
+    def __enter__(self) -> Ranks:
+        if self.ranks == 1:
+            return self
+        store, rank, ranks = next(iter(dist.rendezvous("env://", self.rank, self.ranks)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks)
+        self._store = store
+        self._asking = store.clone()
+        self._asking.set_timeout(timedelta(seconds=5))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._store is None:
+            return
+        words = None
+        if error is None:
+            self.sum(0)  # rank 0 may host the store: it leaves last
+        else:
+            words = self.words()
+            if words is None and not isinstance(error, LostProcess) and not _lost_contact(error):
+                self.tell(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        if error is None or not torch.cuda.is_available():  # NCCL would wait for the others to finish
+            dist.destroy_process_group()
+        self._store = None
+        if error is not None and _lost_contact(error):
+            lost = LostProcess(words or "the connection to another rank broke: it was killed, or its machine is gone")
+            lost.__notes__ = list(getattr(error, "__notes__", []))
+            raise lost from error
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def tell(self, words: str) -> None:
+        """Leave word of why this rank ends; the first word stays."""
+        if self._asking is not None:
+            with contextlib.suppress(RuntimeError):  # nobody is left to read it
+                self._asking.compare_set(_WORDS, "", words)
+
+    def words(self) -> str | None:
+        """What a rank said before it left, or that rank 0 cannot be reached; None while all is well."""
+        if self._asking is None:
+            return None
+        try:
+            return self._asking.get(_WORDS).decode() if self._asking.check([_WORDS]) else None
+        except RuntimeError as error:
+            return f"rank 0 is gone: {str(error).splitlines()[0]}"
+
+    def sum(self, *numbers: float) -> list[float]:
+        """The sum of each number over the ranks, in float64: every rank gets the same bits."""
+        if self.ranks == 1:
+            return [float(number) for number in numbers]
+        total = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """A tensor of whole numbers, on the CPU, summed over the ranks."""
+        if self.ranks > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def all(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; anything that JSON holds (dictionaries keep string keys)."""
+        if self.ranks == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        longest = int(max(size.item() for size in sizes))
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.ranks)]
+        dist.all_gather(texts, nn.functional.pad(own, (0, longest - len(own))))
+        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+
+    def from_first(self, state: Any) -> Any:
+        """Rank 0's nested state (what `state.flatten` takes), on every rank, tensors on the CPU; others give None."""
+        if self.ranks == 1:
+            return state
+        tensors, tree = flatten(state) if self.first else ({}, None)
+        forms = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+        tree, forms = self.all([tree, forms] if self.first else None)[0]
+        shared = {}
+        for name, (dtype, shape) in forms.items():
+            here = tensors[name].cpu().contiguous() if self.first else torch.empty(shape, dtype=getattr(torch, dtype))
+            dist.broadcast(here.view(-1).view(torch.uint8), 0)
+            shared[name] = here
+        return unflatten(shared, tree)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Where the block fails on one rank it fails on all: with its own error there, with LostProcess elsewhere.
+
+        Nothing in the block may wait for another rank.
+        """
+        if self.ranks == 1:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        told = self.all(None if own is None else f"{type(own).__name__}: {own}")
+        if own is not None:
+            raise own
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise LostProcess(f"rank {rank} failed: {text}")
+
+    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model whose backward pass averages the gradients over the ranks (DDP)."""
+        if self.ranks == 1:
+            return model
+        # `average_` keeps the buffers equal, and uses every rank's batch. The older argument warns in newer torch.
+        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        synchronise: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **synchronise,
+        )
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor (floats, one device) by its mean over the ranks."""
+        tensors = list(tensors)
+        if self.ranks == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.ranks
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(mean.view_as(t))
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether it is the transport's complaint about another rank. gloo has no type of its own for that."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """y = Σ_rank x, the same on every rank; so dL/dx = Σ_rank dL/dy."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        y = x.contiguous().clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _SyncBatchNorm(_BatchNorm):
+    """Batch norm whose mean and variance in training are those of all ranks' images together, on any device.
+
+        mean = Σ x / count,  var = Σ (x - mean)² / count,  sums over images, positions and ranks
+
+    torch.nn.SyncBatchNorm runs on GPUs only. Two passes, sums in float64: as exact as one process's. It adds no state,
+    so that a module becomes one by its `__class__` alone (`sync_batch_norm`).
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm needs (b, C, ...) and got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not (dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        others = [0, *range(2, x.dim())]
+        own = torch.cat([x.sum(others, dtype=torch.float64), x.new_tensor([x.numel() // x.shape[1]]).double()])
+        sums = _SumOverRanks.apply(own)
+        count = sums[-1].detach()
+        if count < 2:
+            raise ValueError("Expected more than 1 value per channel when training")
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        mean = sums[:-1] / count
+        x = x - mean.to(x.dtype).view(shape)
+        var = _SumOverRanks.apply((x * x).sum(others, dtype=torch.float64)) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                share = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), float(share))
+                self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), float(share))
+        y = x * (var + self.eps).rsqrt().to(x.dtype).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model whose batch norms use the statistics of all ranks' batches: torch's on GPUs, ours on the CPU.
+
+    The state dict keeps its names and shapes. Local statistics are another training run: on two ranks the loss of a
+    step differs by percents.
+    """
+    if device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = _SyncBatchNorm
+    return model

@@ -1,0 +1,307 @@
+"""One optimiser step: a batch, in parts -> loss -> gradients -> weights; and all that such steps leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import lambdanets
+from lambdanets import optim
+from lambdanets.batches import mix
+from lambdanets.checkpoint import RUN_JSON, WEIGHTS, BadRun
+from lambdanets.data import hash_of
+from lambdanets.distributed import Ranks, sync_batch_norm
+from lambdanets.layer import mismatch
+from lambdanets.recipes import Recipe
+
+_COMPUTED_IN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `Learner.gradients` found.
+
+    loss_sum   nats, summed over this rank's images
+    right      of them, images whose first class is their label
+    norm       of the gradient of the mean loss over the batch of all ranks, before clipping; equal on every rank
+    scale      what the loss was multiplied with, 1 but for float16. A norm that is not finite while the loss is, at a
+               scale above 1, is the scale's fault: the step is to be left out, and the next one has half the scale
+    """
+
+    loss_sum: float
+    right: int
+    norm: float
+    scale: float
+
+
+class Learner:
+    """A model, its running average and its optimiser; a step is `gradients`, then `apply` or `leave_out`.
+
+    recipe, classes   what is learnt; the first weights are drawn from torch's generator
+    batch_images      images of a full batch, all ranks together
+    seed              of dropout and mixing, with the step and the rank
+    init_from         where the first weights come from instead (`load_weights`); `began_from` says what was found
+    channels_last, recompute   how it is computed: memory format, and activations that are computed again in the
+                      backward pass instead of kept
+    Before the first step comes `parallelise`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: int,
+        *,
+        batch_images: int,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks,
+        init_from: str | Path | None = None,
+        channels_last: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        self.recipe, self.classes, self.seed, self.device, self.ranks = recipe, classes, seed, device, ranks
+        self.batch_images = batch_images
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
+        precision = recipe.precision
+        if precision == "auto":
+            precision = "bfloat16" if device.type == "cuda" else "float32"
+        self._computed_in = _COMPUTED_IN.get(precision)
+        model = create(recipe, classes)
+        self.began_from = None if init_from is None else load_weights(model, init_from)
+        model = model.to(device, self.dtype).to(memory_format=self.format)
+        self.average = optim.RunningAverage(model, recipe.ema_decay)
+        self.model = prepare(model, recipe, device, ranks)
+        self.optimizer = optim.optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+        self._unscaled = False  # whether the scaler has seen gradients that it is to be updated for
+        self._statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self._buffers = list(model.buffers())
+        self._buffers_before = [b.clone() for b in self._buffers]
+        if recompute:
+            for block in blocks(model):
+                block.forward = functools.partial(_recomputed, block, block.forward)
+
+    def parallelise(self, *, compile_model: bool = False) -> None:
+        """Join the other ranks, once the weights are there. All ranks call it; then torch.compile, on request.
+
+        DDP rearranges its buckets after the first backward pass, and with them the order in which a ring sums. That
+        pass is made here, on nothing: a resumed run would else differ, in its first step, from what it continues.
+        """
+        self.parallel = self.ranks.parallel(self.model, self.device)
+        if self.ranks.ranks > 1:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+            train_mode(self.model, self.recipe)
+            side = self.recipe.image_px
+            images = torch.zeros(2, self.recipe.in_channels, side, side, dtype=self.dtype, device=self.device)
+            self.parallel(images).sum().backward()
+            self.leave_out()
+        self.forward = torch.compile(self.parallel) if compile_model else self.parallel
+
+    def gradients(self, images: Tensor, labels: Tensor, step: int) -> Gradients:
+        """The gradient of the mean loss over all ranks' images, in the parameters' `grad`; the weights stay.
+
+        images, labels   (b, C, H, W) and (b,): this rank's part of the batch. It is taken in `accumulation` parts, each
+                         with batch norm's own statistics; sums are divided by the images of the whole batch, so parts
+                         of unequal size count right
+        step             0 for the first: with the seed and the rank, the seed of dropout and of mixing
+        """
+        torch._foreach_copy_(self._buffers_before, self._buffers)
+        torch.manual_seed(hash_of("dropout", self.seed, step, self.ranks.rank) % 2**63)
+        images = images.to(self.device, self.dtype, memory_format=self.format, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        targets = labels
+        if self.recipe.mixup_alpha or self.recipe.cutmix_alpha:
+            images, targets = mix(
+                images, labels, classes=self.classes, seed=self.seed, step=step,
+                mixup_alpha=self.recipe.mixup_alpha, cutmix_alpha=self.recipe.cutmix_alpha,
+            )  # fmt: skip
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.float64, device=self.device)
+        parts = self.recipe.accumulation
+        split = zip(images.tensor_split(parts), labels.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        for part, (x, y, target) in enumerate(split):
+            with self._gradients_stay_here(part + 1 < parts):
+                with torch.autocast(self.device.type, self._computed_in, enabled=self._computed_in is not None):
+                    logits = self.forward(x)
+                logits = logits.to(self.dtype)  # (b, classes)
+                loss = F.cross_entropy(logits, target, label_smoothing=self.recipe.label_smoothing, reduction="sum")
+                # DDP divides by the ranks
+                self.scaler.scale(loss * (self.ranks.ranks / self.batch_images)).backward()
+            total += loss.detach()
+            right += (logits.detach().argmax(dim=1) == y).sum()
+        if self.recipe.batch_norm == "local":
+            self.ranks.average_(self._statistics)
+        self.scaler.unscale_(self.optimizer)
+        self._unscaled = True
+        found = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        loss_sum, right_sum, norm = torch.stack([total, right, found.to(total)]).tolist()  # one wait for the device
+        return Gradients(loss_sum, int(right_sum), norm, self.scaler.get_scale())
+
+    def apply(self, step: int, lr: float, norm: float) -> None:
+        """Clip, move the weights and the running average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.recipe.clip_norm:
+            given = [p for p in self.model.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(given, self.recipe.clip_norm, torch.tensor(norm, device=self.device))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._unscaled = False
+        self.average.update(self.model, step)
+
+    def leave_out(self) -> None:
+        """Take the step back: the gradients are dropped, and batch norm's statistics are what they were before it."""
+        self.optimizer.zero_grad()
+        torch._foreach_copy_(self._buffers, self._buffers_before)
+        if self._unscaled:
+            self.scaler.update()
+            self._unscaled = False
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave. Raises BadRun where it does not fit this model."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.average.module.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise BadRun(f"the checkpoint does not fit {self.recipe.model} and this recipe: {error}") from error
+
+    @contextlib.contextmanager
+    def _gradients_stay_here(self, more_follow: bool) -> Iterator[None]:
+        """DDP sends gradients once a step, with the last part."""
+        if more_follow and isinstance(self.parallel, DistributedDataParallel):
+            with self.parallel.no_sync():
+                yield
+        else:
+            yield
+
+
+def create(recipe: Recipe, classes: int) -> nn.Module:
+    """The recipe's model, with first weights drawn from torch's generator."""
+    return lambdanets.create_model(
+        recipe.model,
+        num_classes=classes,
+        in_channels=recipe.in_channels,
+        drop_rate=recipe.drop_rate,
+        drop_path_rate=recipe.drop_path_rate,
+    )
+
+
+def train_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Put the model in training mode; batch norms of a "frozen" recipe stay as in evaluation."""
+    model.train()
+    if recipe.batch_norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def prepare(model: nn.Module, recipe: Recipe, device: torch.device, ranks: Ranks) -> nn.Module:
+    """The model with the batch norms that the recipe asks for, among several ranks."""
+    return sync_batch_norm(model, device) if recipe.batch_norm == "sync" and ranks.ranks > 1 else model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks: what is recomputed as one."""
+    stages: Any = model.stages  # timm's models have a module of that name, ours a method
+    found: Any = stages if isinstance(stages, nn.Module) else stages()
+    return [block for stage in found for block in stage]
+
+
+def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
+    """forward(x), whose activations are computed again in the backward pass; the statistics are updated once."""
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for (
+            norm
+        ) in norms:  # a momentum of 0 moves the running statistics by nothing; without them autograd would notice
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        try:
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), again()
+
+    if not torch.is_grad_enabled():
+        return forward(x)
+    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+
+
+def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
+    """Start `model` from weights that were trained before; a classifier for other classes stays new.
+
+    source   a safetensors file with the names of `model.state_dict()`, or the folder of a run
+    returns  `said`, a line on what was loaded; `source`; and `sha256` of the file
+    Raises BadRun: no such file, not safetensors, not finite, names or shapes of another model (at most ten a kind).
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            what = f"the run of {path} has not finished an epoch" if (path / RUN_JSON).is_file() else "it is no run"
+            raise BadRun(f"--init-from {path}: it has no {WEIGHTS}, {what}: name a run's folder or a safetensors file")
+        path = path / WEIGHTS
+    if not path.is_file():
+        raise BadRun(f"--init-from {path} does not exist: name a run's folder or a safetensors file")
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+    except Exception as error:  # safetensors has its own exception, not a ValueError
+        raise BadRun(f"--init-from {path} cannot be read as safetensors: {error}") from error
+    if wrong := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise BadRun(f"--init-from {path}: {len(wrong)} tensors are not finite: {', '.join(wrong[:10])}")
+    own = model.state_dict()
+    head = [name for name in own if name.startswith(_classifier_name(model) + ".")]
+    other_classes = any(name in tensors and tensors[name].shape[:1] != own[name].shape[:1] for name in head)
+    if other_classes or not any(name in tensors for name in head):
+        for name in head:
+            tensors.pop(name, None)
+    missing = sorted(own.keys() - tensors.keys() - set(head))
+    extra = sorted(tensors.keys() - own.keys())
+    shapes = {n: (tuple(own[n].shape), tuple(tensors[n].shape)) for n in sorted(own.keys() & tensors.keys())}
+    differing = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    if missing or extra or differing:
+        raise BadRun(f"--init-from {mismatch(str(path), differing, missing, extra)}")
+    model.load_state_dict(tensors, strict=False)
+    new = not any(name in tensors for name in head)
+    classifier = (
+        f"its classifier is for other classes, so a new one for {len(own[head[-1]])} starts" if new else "all of it"
+    )
+    said = f"weights from {path}: {classifier}"
+    return {"said": said, "source": str(source), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _classifier_name(model: nn.Module) -> str:
+    classifier = model.get_classifier()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is classifier)

@@ -1,0 +1,67 @@
+"""What a run says while it works: a bar or a line an epoch, log.jsonl, and TensorBoard on request."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lambdanets.checkpoint import BadRun, write_atomically
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """RUN/log.jsonl, one JSON object a line, and the same numbers for TensorBoard in RUN/tensorboard.
+
+    first_step   lines of this step and later ones, which a run wrote before it was killed, are removed: they come again
+    tensorboard  write events too. Raises BadRun where the package is not installed
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool = False) -> None:
+        path = folder / LOG
+        if path.exists():
+            write_atomically(path, b"".join(_before(path, first_step)))
+        self._board: Any = None
+        if tensorboard:
+            check_tensorboard()
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `close`
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line: {"step": ..., ...}. Numbers that are not finite become text, since JSON has none."""
+        line = {name: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def check_tensorboard() -> None:
+    """Raises BadRun where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise BadRun("--tensorboard: it is not installed: pip install 'lambdanets[tensorboard]'")
+
+
+def _before(path: Path, step: int) -> list[bytes]:
+    """The lines of earlier steps; one that a kill cut short is dropped."""
+    kept = []
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] < step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+    return kept

@@ -1,0 +1,423 @@
+"""What a run is worth: its numbers on a folder of images (`evaluate_run`), its page (`write_report`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lambdanets import data as images_on_disk
+from lambdanets.batches import Batches
+from lambdanets.checkpoint import (
+    BAD_SAMPLES,
+    BadRun,
+    Run,
+    choose_folder,
+    open_run,
+    write_atomically,
+    write_json,
+)
+from lambdanets.data import BadData, BadImage, Images
+from lambdanets.distributed import Ranks
+from lambdanets.evaluate import Scores, evaluate
+from lambdanets.log import LOG
+from lambdanets.page import Mistake, page, thumbnail
+from lambdanets.report import confusion_png
+from lambdanets.shards import is_shards
+from lambdanets.start import read_record
+
+EVALUATION_JSON = "evaluation.json"
+CONFUSION = "confusion.png"
+REPORT = "report.html"
+_LISTED = 10  # names in a message
+_TABLE_CLASSES = 40  # rows that a person reads; all are in the JSON file
+_MISTAKES = 24  # thumbnails in a report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_run` found and wrote.
+
+    scores    of the images that could be read
+    images    those images, with the run's classes
+    how       a sentence: which images these are
+    excluded  name -> reason of images left out, since they cannot be read
+    folder    where evaluation.json and confusion.png are
+    """
+
+    scores: Scores
+    images: Images
+    how: str
+    excluded: dict[str, str]
+    folder: Path
+
+    def __str__(self) -> str:
+        lines = [self.how, f"{self.scores}, loss {self.scores.loss:.4f} nats"]
+        if self.excluded:
+            total = self.scores.n + len(self.excluded)
+            first = "".join(f"\n  {name}: {why}" for name, why in list(self.excluded.items())[:_LISTED])
+            more = f"\n  and {len(self.excluded) - _LISTED} more" if len(self.excluded) > _LISTED else ""
+            lines.append(
+                f"{len(self.excluded)} of {total} images cannot be read and are in none of these numbers:{first}{more}"
+            )
+        return "\n".join([*lines, self._table(), f"{self.folder}: {EVALUATION_JSON}, {CONFUSION}"])
+
+    def _table(self) -> str:
+        rows = [row for row in per_class(self.scores.confusion, self.images.classes) if row["images"]]
+        absent = len(self.images.classes) - len(rows)
+        note = [f"{absent} classes without images"] if absent else []
+        if len(rows) > _TABLE_CLASSES:
+            note.append(f"the {_TABLE_CLASSES} worst of {len(rows)} classes; all are in {EVALUATION_JSON}")
+            rows = sorted(rows, key=lambda row: row["recall_frac"])[:_TABLE_CLASSES]
+        width = max(len("class"), *(len(row["class"]) for row in rows))
+        lines = [f"{'class':{width}}  {'images':>7}  {'right':>7}  {'top-1':>6}  most often taken for"]
+        for row in rows:
+            taken = row["most_often_taken_for"]
+            wrong = "" if taken is None else f"{taken['class']} ({taken['images']})"
+            line = f"{row['class']:{width}}  {row['images']:>7}  {row['right']:>7}  {row['recall_frac']:>6.1%}  {wrong}"
+            lines.append(line.rstrip())
+        return "\n".join([*lines, *note])
+
+
+def evaluate_run(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    batch_images: int | None = None,
+    workers: int = 0,
+    device: torch.device,
+    exclude_bad: bool = False,
+) -> Evaluation:
+    """Evaluate a run's weights on a folder of images, each counted once, and write the numbers and the picture.
+
+    run           the folder of a run
+    data          a folder of images, see `images_of`; None: the images that the run held out
+    out           a new or empty folder; None: the next RUN/evaluation-N
+    batch_images  images a batch; None: the recipe's. It changes memory and time, not the counts
+    workers       processes that read images
+    exclude_bad   leave out images that cannot be read, and say how many; otherwise one is an error. Every image is read
+                  twice then
+    Under torchrun the ranks share the images; each gets the result, rank 0 writes it. Raises BadRun (run, folder),
+    BadData (the images or their classes do not fit the run), BadImage.
+    """
+    with Ranks() as ranks:
+        with ranks.together():
+            _need_matplotlib(CONFUSION)
+            opened = open_run(run)
+            if data is None:
+                images, how = own_images(opened.record)
+            else:
+                images, how = images_of(data, opened.record)
+            folder = choose_folder(out, "evaluation") if out is not None else _next(Path(run), "evaluation")
+        excluded: dict[str, str] = {}
+        if exclude_bad:
+            with ranks.together():
+                mine = list(range(ranks.rank, len(images), ranks.ranks))
+                bad = _unreadable(images, mine, workers)
+            bad = {i: why for part in ranks.all(sorted(bad.items())) for i, why in part}
+            excluded = {images.names[i]: bad[i] for i in sorted(bad)}
+            images = _chosen(images, [i for i in range(len(images)) if i not in bad], images.classes)
+        with ranks.together():
+            batches = Batches(
+                images,
+                opened.view,
+                batch_images=batch_images or opened.record["recipe"]["eval_batch_images"],
+                training=False,
+                workers=workers,
+                rank=ranks.rank,
+                ranks=ranks.ranks,
+            )
+        try:
+            scores = evaluate(opened.model.to(device), batches, classes=len(opened.classes), device=device, ranks=ranks)
+        except BadImage as error:
+            error.add_note("repair or remove it, or leave such images out and count them: --exclude-bad")
+            raise
+        if not math.isfinite(scores.loss):
+            raise BadRun(f"the loss of {run} on {data or 'its held-out images'} is {scores.loss}: {how}")
+        found = Evaluation(scores, images, how, excluded, folder)
+        with ranks.together():
+            if ranks.first:
+                _write(found, opened, Path(run), data)
+        return found
+
+
+def per_class(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One dict a class: class, images, right, recall_frac, precision_frac, most_often_taken_for {class, images}.
+
+    Fractions of nothing are None.
+
+    >>> per_class([[3, 1], [0, 0]], ["cat", "dog"])[0]["most_often_taken_for"]
+    {'class': 'dog', 'images': 1}
+    """
+    rows = []
+    for label, row in enumerate(confusion):
+        n, right, named = sum(row), row[label], sum(other[label] for other in confusion)
+        wrong = {i: count for i, count in enumerate(row) if i != label and count}
+        most = max(wrong, key=wrong.__getitem__) if wrong else None
+        rows.append(
+            {
+                "class": classes[label],
+                "images": n,
+                "right": right,
+                "recall_frac": right / n if n else None,
+                "precision_frac": right / named if named else None,
+                "most_often_taken_for": None if most is None else {"class": classes[most], "images": wrong[most]},
+            }
+        )
+    return rows
+
+
+def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | None) -> None:
+    scores, names, labels = found.scores, found.images.names, found.images.labels
+    wrong = [k for k in sorted(range(scores.n), key=lambda k: -scores.losses[k]) if _wrong(found, k)]
+    content = {
+        "run": str(run_folder),
+        "model": run.record["recipe"]["model"],
+        "data": str(data if data is not None else run.record["data"]["source"]),
+        "how": found.how,
+        "n": scores.n,
+        "top1_frac": scores.top1_frac,
+        "top5_frac": scores.top5_frac,
+        "loss": scores.loss,
+        "excluded": [{"name": name, "reason": why} for name, why in found.excluded.items()],
+        "classes": per_class(scores.confusion, run.classes),
+        "confusion": scores.confusion,
+        "mistakes": [
+            {
+                "name": names[scores.ids[k]],
+                "label": run.classes[int(labels[scores.ids[k]])],
+                "predicted": run.classes[scores.predicted[k]],
+                "loss": scores.losses[k],
+            }
+            for k in wrong
+        ],
+    }
+    picture = confusion_png(scores.confusion, run.classes, f"{run.record['recipe']['model']}: {scores}")
+    try:
+        found.folder.mkdir(parents=True, exist_ok=True)
+        write_json(found.folder / EVALUATION_JSON, content)
+        write_atomically(found.folder / CONFUSION, picture)
+    except OSError as error:
+        raise BadRun(f"{found.folder} cannot be written ({error}): give another --out") from error
+
+
+def _wrong(found: Evaluation, k: int) -> bool:
+    return found.scores.predicted[k] != int(found.images.labels[found.scores.ids[k]])
+
+
+def _next(run: Path, name: str) -> Path:
+    numbers = [int(m[1]) for p in run.glob(f"{name}-*") if (m := re.fullmatch(rf"{name}-(\d+)", p.name))]
+    return run / f"{name}-{max(numbers, default=0) + 1}"
+
+
+# --- which images ----------------------------------------------------------------------------------------------------
+
+
+def own_images(record: dict[str, Any]) -> tuple[Images, str]:
+    """The images that a run held out, from where they were, and a sentence. Raises BadData where they have changed."""
+    found = record["data"]
+    if found["source"] == "scikit-learn digits":
+        images = images_on_disk.digits()[1]
+    else:
+        images = images_on_disk.folder(found["source"]).val
+    fingerprint = _val_fingerprint(record)
+    same = len(images) == found["val_images"] and list(images.classes) == record["classes"]
+    if not same or fingerprint not in (None, images.fingerprint()):
+        raise BadData(
+            f"the held-out images of {found['source']} are not those of the run any more ({len(images):,} now, "
+            f"{found['val_images']:,} then): name the images with --data FOLDER"
+        )
+    return images, f"the {len(images):,} images that the run held out, of {found['source']}"
+
+
+def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
+    """The images of a folder that a run is judged by, labelled with its classes by name, and a sentence on them.
+
+    data  what the run was trained on, known by its place or by its fingerprint: the part that it held out.
+          FOLDER/val/CLASS/* (or valid, validation, test) where there is such a folder; shards: those of the val split;
+          else all of FOLDER/CLASS/*
+    Raises BadData for a class that the run does not know, or no images.
+    """
+    root, classes = Path(data), tuple(record["classes"])
+    own = record["data"]["source"] == images_on_disk.absolute(data)
+    divided: Images | None = None
+    try:
+        divided = images_on_disk.folder(data).val
+    except BadData:  # fit for no training: one class, say
+        if own or not root.is_dir() or is_shards(data):
+            raise
+    if divided is not None:
+        own = own or divided.fingerprint() == _val_fingerprint(record)
+        if own or not root.is_dir() or is_shards(data):
+            which = "that the run held out" if own else "of its val split"
+            _refuse_unknown(divided.classes, classes, str(data))
+            return _chosen(divided, range(len(divided)), classes), f"the {len(divided):,} images of {data} {which}"
+    places = {name.lower(): name for name in images_on_disk._folders(root)}
+    val = next((places[name] for name in images_on_disk._VAL_FOLDERS if name in places), "")
+    place = val if val and images_on_disk._folders(root / val) else ""
+    ignored: dict[str, list[str]] = defaultdict(list)
+    files = images_on_disk._classes(root, place, ignored)
+    _refuse_unknown([name for name, held in files.items() if held], classes, str(root / place))
+    images = images_on_disk._files(root, classes, files)
+    passed_over = images_on_disk._passed_over(ignored)
+    if not len(images):
+        raise BadData(f"no images in the class folders of {root / place}: expected CLASS/*.jpg there{passed_over}")
+    return images, f"all {len(images):,} images of {root / place}{passed_over}"
+
+
+def _refuse_unknown(found: Sequence[str], classes: Sequence[str], where: str) -> None:
+    def some(names: Sequence[str]) -> str:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        return ", ".join(names[:_LISTED]) + more
+
+    known = set(classes)
+    if unknown := [name for name in found if name not in known]:
+        raise BadData(
+            f"{len(unknown)} classes of {where} are unknown to the run: {some(unknown)}; its {len(classes)} classes "
+            f"are {some(classes)}; rename or remove the folders"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Chosen(Images):
+    """Some images of another list, under the class names of a run."""
+
+    source: Images
+    ids: Sequence[int]
+
+    def load(self, index: int) -> Image.Image:
+        return self.source.load(self.ids[index])
+
+
+def _chosen(source: Images, ids: Sequence[int], classes: Sequence[str]) -> Images:
+    label_of = [list(classes).index(name) if name in classes else -1 for name in source.classes]
+    labels = [label_of[int(source.labels[i])] for i in ids]
+    return _Chosen(tuple(classes), [source.names[i] for i in ids], labels, source, ids)
+
+
+@dataclass(frozen=True)
+class _Reads:
+    images: Images
+
+    def __getitem__(self, index: int) -> tuple[int, str | None]:
+        try:
+            self.images.load(index)
+        except BadImage as error:
+            return index, error.reason
+        return index, None
+
+
+def _unreadable(images: Images, ids: Sequence[int], workers: int) -> dict[int, str]:
+    """id -> reason of those that cannot be read, every one tried."""
+    tried: Iterable[Any] = map(_Reads(images).__getitem__, ids)
+    if workers:
+        loader: Any = DataLoader(
+            _Reads(images),  # type: ignore[arg-type]  # has __getitem__, is no Dataset
+            batch_size=None,
+            sampler=ids,
+            num_workers=workers,
+            generator=torch.Generator(),
+        )
+        tried = loader
+    return {index: why for index, why in tried if why is not None}
+
+
+def _val_fingerprint(record: dict[str, Any]) -> str | None:
+    fingerprint: dict[str, str] = record["data"].get("fingerprint") or {}
+    return fingerprint.get("val")
+
+
+def _need_matplotlib(what: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadRun(f"matplotlib is not installed ({what} is drawn with it): pip install 'lambdanets[plots]'")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    folder: str | Path,
+    record: dict[str, Any] | None = None,
+    scores: Scores | None = None,
+    images: Images | None = None,
+    *,
+    device: torch.device | None = None,
+    workers: int = 0,
+) -> Path:
+    """Write RUN/report.html: one file that needs no network and runs no script. Gives its path.
+
+    folder   of a run, finished or not
+    record   its run.json; None: read from the folder
+    scores   of `images`, the held-out ones, by the weights in the folder. None: they are computed, if the folder has
+             weights and the images are still there; if not, the page says why it lacks them
+    device, workers   for that
+    Raises BadRun where the folder is no run's, or cannot be written.
+    """
+    folder, notes = Path(folder), []
+    _need_matplotlib(REPORT)
+    if record is None:
+        record = read_record(folder)
+    if scores is None:
+        try:
+            run = open_run(folder)
+            images, _ = own_images(record)
+            size = record["recipe"]["eval_batch_images"]
+            batches = Batches(images, run.view, batch_images=size, training=False, workers=workers)
+            device = device or torch.device("cpu")
+            scores = evaluate(run.model.to(device), batches, classes=len(run.classes), device=device)
+        except (BadRun, BadData, BadImage, ImportError) as error:
+            notes.append(f"No evaluation of the weights: {error}")
+    confusion = scores.confusion if scores is not None else (record.get("result") or {}).get("confusion")
+    mistakes: list[Mistake] = []
+    if scores is not None and images is not None:
+        mistakes = _worst(scores, images)
+    bad = 0
+    if (folder / BAD_SAMPLES).is_file():
+        bad = (folder / BAD_SAMPLES).read_bytes().count(b"\n")
+    steps = _losses(folder / LOG)
+    text = page(
+        record, scores=scores, confusion=confusion, mistakes=mistakes, notes=notes, steps=steps, bad_samples=bad
+    )
+    try:
+        write_atomically(folder / REPORT, text.encode())
+    except OSError as error:
+        raise BadRun(f"{folder / REPORT} cannot be written: {error}") from error
+    return folder / REPORT
+
+
+def _losses(path: Path) -> list[tuple[int, float]]:
+    """(step, loss) of the lines of log.jsonl that have them; a line that a kill cut short has not."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            found.append((int(row["step"]), row["loss"] + 0.0))  # a loss that is not finite is text there
+    return found
+
+
+def _worst(scores: Scores, images: Images) -> list[Mistake]:
+    """The mistakes of the highest loss, with thumbnails."""
+    wrong = [k for k in range(scores.n) if scores.predicted[k] != int(images.labels[scores.ids[k]])]
+    wrong.sort(key=lambda k: -scores.losses[k])
+    found = []
+    for k in wrong[:_MISTAKES]:
+        index = scores.ids[k]
+        try:
+            picture = thumbnail(images.load(index))
+        except BadImage:  # gone since
+            picture = None
+        label, predicted = images.classes[int(images.labels[index])], images.classes[scores.predicted[k]]
+        found.append(Mistake(images.names[index], label, predicted, scores.losses[k], picture))
+    return found

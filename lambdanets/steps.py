@@ -1,0 +1,467 @@
+"""The checkpoints of a run: RUN/step-N, everything that training needs to go on after N steps, to the bit.
+
+    tensors.safetensors  the tensors of the state
+    state.json           the rest of it, with the tensors' names in their places
+    manifest.json        size and sha256 of both, and its own
+
+No pickle on either way. A step folder is written beside its place, synchronised and renamed, and nothing is removed
+before its successor is in place: there is a complete checkpoint at every moment, whatever is killed or fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lambdanets.checkpoint import BadRun, sync_folder
+from lambdanets.state import DTYPES, flatten, unflatten
+
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_TRIES = 3  # saves that may fail in a row
+
+
+class NonFiniteState(ArithmeticError):
+    """A checkpoint was refused, since it holds a NaN or an infinity; the message names the tensors."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One step folder whose files were just compared with their sha256.
+
+    step  optimiser steps done
+    path  RUN/step-N
+    """
+
+    step: int
+    path: Path
+
+    def load(self) -> Any:
+        """The state that was saved, tensors on the CPU. Raises BadRun, naming the file, where it cannot be read."""
+        try:
+            tensors = safetensors.torch.load_file(self.path / TENSORS)
+            return unflatten(tensors, json.loads((self.path / STATE).read_bytes()))
+        except Exception as error:  # safetensors has its own exception, not a ValueError
+            raise BadRun(f"{self.path} cannot be read: {error!r}") from error
+
+
+def newest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The checkpoint of the highest step, by number, whose files all have the sha256 of its manifest; None: no step.
+
+    Those that do not are passed over, each with a line to `say` (default: stderr). It takes no lock and changes
+    nothing: `Checkpoints.newest` is for the process that goes on with the run. Raises BadRun where there are
+    checkpoints and none is good: a run that silently started again would be taken for the resumed one.
+    """
+    return _newest(Path(folder), say or _to_stderr, lambda bad: None)
+
+
+def _newest(folder: Path, say: Callable[[str], None], passed_over: Callable[[Path], None]) -> Checkpoint | None:
+    steps = _steps(folder)
+    reasons: list[tuple[int, str]] = []
+    for step in reversed(steps):
+        path = folder / f"step-{step}"
+        try:
+            _verify(path, step)
+        except (OSError, BadRun) as error:
+            reasons.append((step, str(error)))
+            continue
+        for bad, reason in reasons:
+            say(f"{folder / f'step-{bad}'} is damaged ({reason}): it is passed over, step {step} is used")
+            passed_over(folder / f"step-{bad}")
+        return Checkpoint(step, path)
+    if not steps:
+        return None
+    listed = "".join(f"\n  step-{step}: {reason}" for step, reason in reasons[:10])
+    more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+    raise BadRun(
+        f"{folder} has {len(steps)} checkpoints and none can be read: copy a good one back, or start a new run in "
+        f"another folder{listed}{more}"
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest good one found, new ones written beside the training, old ones removed.
+
+        with Checkpoints(folder) as store:
+            if (found := store.newest()) is not None:
+                state = found.load()
+            store.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3})
+
+    folder     of the run; it is made where it is missing, and locked until `close`: a second job is refused, the lock
+               of a process that died is free. Of several ranks only one makes this object
+    keep_last  checkpoints kept besides the newest `best` one and all milestones
+    say        where a line goes that a person must see (a save that failed, a damaged checkpoint); default: stderr
+
+    A save is written in RUN/.step-N.part, every file synchronised, and renamed to RUN/step-N; only then are older ones
+    removed. What a kill left is removed or put back here, at the start. Raises BadRun: the folder cannot be written,
+    or another process holds it.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int = 3, say: Callable[[str], None] | None = None) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}: 1 or more")
+        self.folder, self.keep_last, self.say = Path(folder), keep_last, say or _to_stderr
+        self._writer: Thread | None = None
+        self._failed: OSError | None = None  # why the last save is not on the disk
+        self._failed_saves = 0  # in a row
+        self._fatal: BaseException | None = None
+        probe = self.folder / ".step-probe.part"
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self._lock = _lock(self.folder, self.say)
+        except OSError as error:
+            raise BadRun(f"{self.folder} cannot be written ({error}): name another folder") from error
+        try:
+            self._tidy()
+            os.mkdir(probe)  # the lock file may be older than the folder's being read-only
+            os.rmdir(probe)
+        except OSError as error:
+            _unlock(self._lock)
+            raise BadRun(f"{self.folder} cannot be written ({error}): name another folder") from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            self.wait()
+        except BaseException as error:
+            if kind is None:
+                raise
+            self.say(str(error))  # the error under way is the one to raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Wait for the writer and give the folder free; errors are `wait`'s to raise."""
+        self._join()
+        _unlock(self._lock)
+
+    def newest(self) -> Checkpoint | None:
+        """As `newest_checkpoint`; a damaged checkpoint is renamed to step-N.bad, so that it counts no more."""
+
+        def put_aside(bad: Path) -> None:
+            number = 0
+            while (aside := bad.with_name(f"{bad.name}.bad{number or ''}")).exists():
+                number += 1
+            try:
+                os.rename(bad, aside)
+            except OSError as error:
+                self.say(f"{bad} cannot be renamed ({error}): remove it, it is damaged")
+
+        self._join()
+        return _newest(self.folder, self.say, put_aside)
+
+    def save(self, step: int, state: Mapping[str, Any], *, best: bool = False, milestone: bool = False) -> None:
+        """Copy the state to CPU memory, and let a thread write it as RUN/step-`step`; `wait` waits for it.
+
+        step       optimiser steps done. A checkpoint of that step is replaced
+        state      anything that `flatten` takes
+        best       kept until there is another best one
+        milestone  kept for ever
+
+        A save still being written is waited for. A write that fails (a full disk, say) costs nothing but itself: the
+        last good checkpoint stays, the debris is removed, a line says what is missing, the next save is the next try.
+        Raises BadRun after 3 failed in a row; NonFiniteState where a tensor of the save before held a NaN or an
+        infinity: that one was not written.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}: 0 or more")
+        self._join()
+        self._give_up()
+        tensors, tree = flatten(state)
+        for name, value in tensors.items():
+            tensors[name] = value.to("cpu", copy=True)  # keeps the memory format
+        job = (step, tensors, tree, {"best": best, "milestone": milestone})
+        self._writer = Thread(target=self._write, args=job, name=f"checkpoint of step {step}")
+        self._writer.start()
+
+    def check(self) -> None:
+        """Raise now what the next `save` would raise; waits for nothing. For every step of a loop."""
+        if self._writer is None or not self._writer.is_alive():
+            self._give_up()
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises BadRun where it is not, and what `save` raises."""
+        self._join()
+        self._give_up()
+        if self._failed is not None:
+            raise BadRun(f"the last checkpoint of {self.folder} was not written: {self._failed}") from self._failed
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _give_up(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._failed is not None and self._failed_saves >= _TRIES:
+            raise BadRun(
+                f"{self._failed_saves} checkpoints in a row could not be written to {self.folder}: {self._failed}; "
+                f"{self._last_good()}"
+            ) from self._failed
+
+    def _last_good(self) -> str:
+        try:
+            steps = _steps(self.folder)
+        except OSError as error:  # this is said of a disk in trouble
+            return f"the others cannot be listed ({error})"
+        return f"the last one is step-{steps[-1]}" if steps else "there is none yet"
+
+    def _write(self, step: int, tensors: dict[str, Tensor], tree: Any, flags: dict[str, bool]) -> None:
+        """In the writer's thread: one save from memory to its place. Errors are kept for the main thread."""
+        part = self.folder / f".step-{step}.part"
+        place = self.folder / f"step-{step}"
+        needed_bytes = sum(t.nbytes for t in tensors.values())
+        try:
+            if wrong := [name for name, t in tensors.items() if not _finite(t)]:
+                raise NonFiniteState(
+                    f"the checkpoint of step {step} was not written: {len(wrong)} tensors are not finite: "
+                    f"{', '.join(wrong[:10])}"
+                )
+            _remove(part)  # of a try that failed
+            os.mkdir(part)
+            files = {
+                TENSORS: _write_file(part, TENSORS, _safetensors(tensors)),
+                STATE: _write_file(part, STATE, [json.dumps(tree, indent=1, allow_nan=False).encode()]),
+            }
+            _write_file(part, MANIFEST, [_manifest_bytes({"format": _FORMAT, "step": step, **flags, "files": files})])
+            sync_folder(part)
+            _put_in_place(part, place)
+            sync_folder(self.folder)
+        except OSError as error:
+            self._failed, self._failed_saves = error, self._failed_saves + 1
+            with contextlib.suppress(OSError):
+                _remove(part)
+            free = "?"
+            with contextlib.suppress(OSError):
+                free = f"{shutil.disk_usage(self.folder).free:,}"
+            self.say(
+                f"{place}: this checkpoint was not written: {error.strerror or error}; it needs {needed_bytes:,} "
+                f"bytes, {free} are free; {self._last_good()}; failed {self._failed_saves} of {_TRIES} times in a row"
+                + ("" if self._failed_saves >= _TRIES else ", tried again at the next save")
+            )
+        except BaseException as error:
+            self._fatal = error
+            with contextlib.suppress(OSError):
+                _remove(part)
+        else:
+            self._failed, self._failed_saves = None, 0
+            try:
+                self._prune(step)
+            except OSError as error:
+                self.say(f"an old checkpoint of {self.folder} cannot be removed, tried again at the next save: {error}")
+
+    def _prune(self, just_saved: int) -> None:
+        steps = _steps(self.folder)
+        keep = {just_saved, *steps[-self.keep_last :]}
+        best = -1
+        for step in steps:
+            try:
+                manifest = _manifest(self.folder / f"step-{step}")
+            except BadRun:  # damaged: goes with its age
+                continue
+            if manifest["milestone"]:
+                keep.add(step)
+            if manifest["best"]:
+                best = step
+        for step in steps:
+            if step not in keep and step != best:
+                gone = self.folder / f".step-{step}.gone"  # a kill in the middle leaves no step folder half removed
+                _remove(gone)
+                os.rename(self.folder / f"step-{step}", gone)
+                _remove(gone)
+
+    def _tidy(self) -> None:
+        """What a killed save left: a finished checkpoint that was set aside is put back, the rest is removed."""
+        for name in sorted(os.listdir(self.folder)):
+            found = re.fullmatch(r"\.step-(\w+)\.(part|old|gone)", name)
+            if found is None:
+                continue
+            place = self.folder / f"step-{found[1]}"
+            if found[2] == "old" and not place.exists():
+                os.rename(self.folder / name, place)
+            else:
+                _remove(self.folder / name)
+
+
+def _put_in_place(part: Path, place: Path) -> None:
+    """Rename, over a checkpoint of the same step if there is one: that is set aside first, and back if it fails."""
+    old = place.with_name(f".{place.name}.old")
+    if not os.path.lexists(place):
+        os.rename(part, place)
+        return
+    _remove(old)
+    os.rename(place, old)
+    try:
+        os.rename(part, place)
+    except OSError:
+        os.rename(old, place)
+        raise
+    sync_folder(place.parent)
+    with contextlib.suppress(OSError):  # the new one is in place; the next start removes the old one
+        _remove(old)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The numbers N of the step-N below the folder, ascending."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(0|[1-9][0-9]*)", name)))
+
+
+def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """JSON whose last entry is the sha256 of the rest."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return (json.dumps({**manifest, "sha256": digest}, indent=1) + "\n").encode()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a step folder. Raises BadRun where it is not, byte for byte, what a save writes."""
+    try:
+        content = (path / MANIFEST).read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        manifest.pop("sha256")
+        intact = _manifest_bytes(manifest) == content
+    except FileNotFoundError:
+        raise BadRun(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRun(f"{MANIFEST} cannot be read: {error!r}") from error
+    if not intact:
+        raise BadRun(f"{MANIFEST} is not as it was written: its sha256 differs")
+    if manifest["format"] != _FORMAT:
+        raise BadRun(f"{MANIFEST} has format {manifest['format']}, this version reads {_FORMAT}")
+    return manifest
+
+
+def _verify(path: Path, step: int) -> None:
+    """Compare every file with the manifest. Raises BadRun with what differs, OSError where one cannot be read."""
+    manifest = _manifest(path)
+    if manifest["step"] != step:
+        raise BadRun(f"{MANIFEST} is of step {manifest['step']}")
+    for name, wanted in manifest["files"].items():
+        if os.path.basename(name) != name:
+            raise BadRun(f"{MANIFEST} names the file {name!r}, outside the folder")
+        try:
+            with open(path / name, "rb") as file:
+                found_bytes = os.fstat(file.fileno()).st_size
+                if found_bytes != wanted["bytes"]:
+                    raise BadRun(f"{name} has {found_bytes:,} bytes, its manifest says {wanted['bytes']:,}")
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise BadRun(f"{name} is missing") from None
+        if digest != wanted["sha256"]:
+            raise BadRun(f"{name} is not as it was written: its sha256 differs")
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: each is hashed and written from where it lies.
+
+    Not safetensors' own `save`, which holds the interpreter for another copy of all, nor its `save_file`, whose errors
+    are not the system's. Widest elements first, as the library has it, so that each tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header, end = {}, 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    wide = value if value.element_size() > 1 else value.float()  # eight-bit floats have no isfinite
+    return bool(wide.isfinite().all())
+
+
+def _write_file(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write and synchronise; gives the manifest's entry, of what was meant to be written."""
+    digest, size_bytes = hashlib.sha256(), 0
+    file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for piece in content:
+            digest.update(piece)
+            size_bytes += len(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(file, left) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return {"bytes": size_bytes, "sha256": digest.hexdigest()}
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def _lock(folder: Path, say: Callable[[str], None]) -> int:
+    """An open, locked RUN/.lock; the system frees it when the process ends, however it ends. Raises BadRun, OSError."""
+    path = folder / ".lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise BadRun(f"{folder} is in use by {holder}: wait until it ends, or name another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            os.close(lock)
+            raise
+        say(f"{folder} is on a file system without locks: a second job in it would not be noticed")
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
+    _held.add(lock)
+    return lock
+
+
+def _unlock(lock: int) -> None:
+    if lock in _held:
+        _held.discard(lock)
+        os.close(lock)
+
+
+_held: set[int] = set()
+
+
+def _forget_in_child() -> None:
+    # A forked loader worker outlives a killed parent by seconds; holding the lock, it would keep the restart out.
+    for lock in list(_held):
+        _unlock(lock)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _to_stderr(line: str) -> None:
+    print(f"lambdanets: {line}", file=sys.stderr, flush=True)

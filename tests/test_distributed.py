@@ -1,0 +1,362 @@
+"""Several ranks are one run: the same losses, the same counts, one way out. gloo, on the CPU."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import until
+from test_resume import at_step, main_like
+from torch import nn
+
+import lambdanets.distributed
+import lambdanets.steps
+from lambdanets.batches import Batches, View
+from lambdanets.distributed import Ranks, sync_batch_norm
+from lambdanets.evaluate import evaluate
+from lambdanets.recipes import BadRecipe, Options, choose
+from lambdanets.steps import newest_checkpoint
+from lambdanets.train import train
+from lambdanets.watchdog import HANG, LOST
+
+
+def same_on_any_ranks(**changes):
+    """7 epochs of 3 steps, nothing drawn by (seed, step, rank): dropout. Augmentation and mixing are by the image."""
+    recipe = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=7, batch_images=8, lr_per_256=0.3)
+    return dataclasses.replace(recipe, eval_batch_images=4, drop_rate=0.0, mixup_alpha=0.2, **changes)
+
+
+def run(recipe, data, out, **options):
+    """`train`, with the command's exit codes."""
+    options = {"save_minutes": 0, "log_steps": 1, **options}
+    code = main_like(lambda: train(recipe, data, out=out, seed=3, resume=True, options=Options(**options)))
+    raise SystemExit(code)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(out):
+    return (Path(out) / "weights.safetensors").read_bytes()
+
+
+def codes(group, timeout_s=60):
+    return [child.wait(timeout_s) for child in group]
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "precision", "ranks", "accumulation"),
+    [
+        ("frozen", "float32", 2, 1),
+        ("frozen", "float64", 4, 2),
+        ("frozen", "float64", 3, 1),  # 3, 3 and 2 of 8 images
+        ("sync", "float32", 2, 1),
+        ("sync", "float64", 2, 1),
+        pytest.param("sync", "float32", 4, 1, marks=pytest.mark.slow),
+        pytest.param("sync", "float64", 4, 2, marks=pytest.mark.slow),
+        pytest.param("frozen", "float32", 4, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_R40_R41_ranks_compute_what_one_process_does(
+    batch_norm, precision, ranks, accumulation, shared_colours, tmp_path, children
+):
+    recipe = same_on_any_ranks(batch_norm=batch_norm, precision=precision, accumulation=accumulation)
+    if ranks == 3:
+        recipe = dataclasses.replace(recipe, mixup_alpha=0.0)  # neighbours are mixed, and here they are divided
+    alone = children.start(run, recipe, shared_colours, tmp_path / "alone")
+    group = children.ranks(ranks, run, recipe, shared_colours, tmp_path / "group")
+    assert codes([alone, *group]) == [0] * (ranks + 1), group[0].said()
+    one, many = losses(tmp_path / "alone"), losses(tmp_path / "group")
+    assert len(one) == 21
+    assert max(one) - min(one) > 0.05  # it learns: the comparison is of something
+    worst = max(abs(a - b) for a, b in zip(one, many, strict=True))
+    assert worst <= {"float32": 1e-6, "float64": 1e-12}[precision]
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("alone", "group")]
+    assert records[0]["result"]["confusion"] == records[1]["result"]["confusion"]
+    assert [p.name for p in sorted((tmp_path / "group").iterdir())] == [
+        p.name for p in sorted((tmp_path / "alone").iterdir())
+    ]
+
+
+def sync_and_torchs():
+    """Our batch norm over ranks of 5, 2 images against torch's over 7: outputs, gradients, running statistics."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(7, 3, 4, 5).double() * 3 + 2, torch.randn(7, 3, 4, 5).double()
+    with Ranks() as ranks:
+        part = slice(0, 5) if ranks.first else slice(5, 7)
+        for momentum in (0.1, None):
+            want = nn.BatchNorm2d(3, momentum=momentum).double()
+            nn.init.normal_(want.weight)
+            ours = sync_batch_norm(nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double(), torch.device("cpu"))
+            ours[0].load_state_dict(want.state_dict())
+            for _ in range(2):
+                whole, mine = x.clone().requires_grad_(), x[part].clone().requires_grad_()
+                y = want(whole)
+                y.backward(dy)
+                z = ours(mine)
+                z.backward(dy[part])
+                torch.testing.assert_close(z, y[part], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(mine.grad, whole.grad[part], rtol=1e-10, atol=1e-12)
+            grads = [
+                sum(torch.tensor(g, dtype=torch.float64) for g in ranks.all(p.grad.tolist())) for p in ours.parameters()
+            ]
+            for grad, p in zip(grads, want.parameters(), strict=True):
+                torch.testing.assert_close(grad, p.grad, rtol=1e-10, atol=1e-12)
+            for name, value in want.state_dict().items():
+                torch.testing.assert_close(ours[0].state_dict()[name], value, rtol=1e-12, atol=1e-12)
+            ours.eval()
+            torch.testing.assert_close(ours(x), want.eval()(x))
+    return "equal"
+
+
+def test_R41_batch_norm_over_ranks_is_batch_norm(children):
+    assert [child.gave() for child in children.ranks(2, sync_and_torchs)] == ["equal"] * 2
+
+
+class Level(nn.Module):
+    """Logits from the grey level: eight classes, some wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.1))
+
+    def forward(self, x):
+        level = x.mean((1, 2, 3)) * 255 * self.weight
+        return -((level[:, None] - torch.arange(8.0)) ** 2)
+
+
+def evaluate_101():
+    from test_train import Grey
+
+    levels = [(7 * i) % 8 for i in range(101)]
+    labels = [level if i % 3 else (level + i % 8) % 8 for i, level in enumerate(levels)]
+    images = Grey.of(levels, labels, classes=8)
+    with Ranks() as ranks:
+        view = View(4, 1, (0.0,), (1.0,), 1.0)
+        batches = Batches(images, view, batch_images=16, training=False, rank=ranks.rank, ranks=ranks.ranks)
+        scores = evaluate(Level(), batches, classes=8, device=torch.device("cpu"), ranks=ranks)
+    return dataclasses.asdict(scores)
+
+
+def test_R46_each_of_101_images_is_counted_once_on_any_number_of_ranks(children):
+    groups = [children.ranks(ranks, evaluate_101) for ranks in (2, 3, 4)]
+    alone = evaluate_101()
+    assert alone["n"] == 101
+    assert 0 < alone["top1_frac"] < alone["top5_frac"] < 1
+    loss = alone.pop("loss")
+    for group in groups:
+        for child in group:
+            found = child.gave()
+            assert found.pop("loss") == pytest.approx(loss, rel=1e-6)
+            assert found == alone  # to the last digit
+
+
+def test_a_batch_too_small_for_its_ranks_and_parts_is_refused(shared_colours, tmp_path, monkeypatch):
+    with pytest.raises(BadRecipe, match="8 images is too small for 1 processes that take theirs in 9 parts"):
+        train(same_on_any_ranks(accumulation=9), shared_colours, out=tmp_path / "run")
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def drawing(**changes):
+    recipe = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=4, batch_images=8, lr_per_256=1.0)
+    return dataclasses.replace(recipe, eval_batch_images=4, drop_path_rate=0.2, **changes)
+
+
+def on_rank(rank, step, do):
+    if os.environ.get("RANK") == str(rank):
+        at_step(step, do)
+
+
+def killed(rank, step, recipe, data, out):
+    on_rank(rank, step, lambda run: os.kill(os.getpid(), signal.SIGKILL))
+    run(recipe, data, out, save_steps=2)
+
+
+def stopped(recipe, data, out):
+    on_rank(1, 4, lambda run: os.kill(os.getpid(), signal.SIGSTOP))
+    run(recipe, data, out, hang_timeout_s=2)
+
+
+def terminated(recipe, data, out):
+    on_rank(1, 4, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    run(recipe, data, out)
+
+
+def failing(recipe, data, out):
+    def fail(run):
+        raise ValueError("the graphics card burns")
+
+    on_rank(1, 4, fail)
+    try:
+        run(recipe, data, out)
+    except ValueError:
+        raise SystemExit(77) from None
+
+
+def nan_on_one(recipe, data, out, skip):
+    def poison(run):
+        gradients = run.learner.gradients
+        run.learner.gradients = lambda images, *rest: gradients(images * float("nan"), *rest)
+        at_step(5, lambda run: setattr(run.learner, "gradients", gradients))
+
+    on_rank(1, 4, poison)
+    run(recipe, data, out, skip_non_finite=skip, save_steps=1)
+
+
+def no_space(recipe, data, out):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    on_rank(0, 4, lambda run: setattr(lambdanets.steps, "_write_file", full))
+    run(recipe, data, out, save_steps=1)
+
+
+def timed(group, timeout_s):
+    started = time.monotonic()
+    found = codes(group, timeout_s)
+    return found, time.monotonic() - started
+
+
+def test_R2_R9_two_ranks_that_were_killed_terminated_and_resumed_end_as_the_undisturbed(
+    shared_colours, tmp_path, children
+):
+    recipe = drawing()
+    straight = children.ranks(2, run, recipe, shared_colours, tmp_path / "straight")
+    assert codes(straight) == [0, 0]
+    out = tmp_path / "run"
+    assert codes(children.ranks(2, killed, 1, 3, recipe, shared_colours, out)) == [LOST, -signal.SIGKILL]
+    group = children.ranks(2, terminated, recipe, shared_colours, out)  # a signal to one is a signal to all
+    assert codes(group) == [143, 143]
+    assert newest_checkpoint(out).step == 5
+    assert "goes on after step 2 of 12" in group[0].said()
+    elsewhere = children.ranks(2, run_apart, recipe, shared_colours, out)
+    assert codes(elsewhere) == [0, 0], elsewhere[1].said()
+    assert "goes on after step 5 of 12" in elsewhere[0].said()
+    assert weights(out) == weights(tmp_path / "straight")
+    assert losses(out) == losses(tmp_path / "straight")
+
+
+def run_apart(recipe, data, out):
+    """Rank 1 cannot see the checkpoints (R45): its machine has a folder of its own."""
+    if os.environ["RANK"] == "1":
+        lambdanets.train.Checkpoints = None
+        lambdanets.start._place = None
+        out = Path(out).parent / "elsewhere"
+    run(recipe, data, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_R2_three_and_four_ranks_resume_to_the_bit(ranks, shared_colours, tmp_path, children):
+    """The order of a ring's sums depends on DDP's buckets: they are the same before and after a resume."""
+    recipe = drawing()
+    assert codes(children.ranks(ranks, run, recipe, shared_colours, tmp_path / "straight")) == [0] * ranks
+    assert codes(children.ranks(ranks, killed, 1, 5, recipe, shared_colours, tmp_path / "run"))[1] == -signal.SIGKILL
+    assert codes(children.ranks(ranks, run, recipe, shared_colours, tmp_path / "run")) == [0] * ranks
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
+def test_R4_a_run_goes_on_with_another_number_of_ranks(before, after, shared_colours, tmp_path, children):
+    recipe = same_on_any_ranks(batch_norm="sync")
+    out = tmp_path / "run"
+    assert codes([children.start(run, recipe, shared_colours, tmp_path / "alone")]) == [0]
+    assert codes(children.ranks(before, killed, 0, 9, recipe, shared_colours, out))[0] == -signal.SIGKILL
+    assert codes(children.ranks(after, run, recipe, shared_colours, out)) == [0] * after
+    one, many = losses(tmp_path / "alone"), losses(out)
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-6
+
+
+def test_R21_both_ranks_stop_or_skip_where_one_has_a_nan(shared_colours, tmp_path, children):
+    stops = children.ranks(2, nan_on_one, drawing(), shared_colours, tmp_path / "stops", 0)
+    skips = children.ranks(2, nan_on_one, drawing(), shared_colours, tmp_path / "skips", 1)
+    assert codes(stops) == [3, 3]
+    texts = [re.search(r"step 4: the loss is nan.*", child.said())[0] for child in stops]
+    assert texts[0] == texts[1]
+    found = json.loads((tmp_path / "stops" / "run.json").read_text())["non_finite"]
+    assert len(found["images"]) == 4  # the half that rank 1 had
+    assert newest_checkpoint(tmp_path / "stops").step == 4
+    assert codes(skips) == [0, 0], skips[1].said()
+    assert json.loads((tmp_path / "skips" / "run.json").read_text())["result"]["left_out_steps"] == 1
+
+
+def test_R45_a_rank_that_fails_takes_the_others_with_it(shared_colours, tmp_path, children):
+    groups = {
+        "burns": children.ranks(2, failing, drawing(), shared_colours, tmp_path / "burns"),
+        "full": children.ranks(2, no_space, drawing(), shared_colours, tmp_path / "full"),
+    }
+    started = time.monotonic()
+    assert codes(groups["burns"]) == [LOST, 77]
+    assert "rank 1 failed: ValueError: the graphics card burns" in groups["burns"][0].said()
+    assert codes(groups["full"]) == [2, LOST]
+    assert time.monotonic() - started < 10
+    said = [child.said() for child in groups["full"]]
+    assert "3 checkpoints in a row could not be written" in said[0]
+    assert "rank 0 failed: BadRun: 3 checkpoints in a row" in said[1]
+
+
+def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(shared_colours, colours, tmp_path, children):
+    (colours / "train" / "red" / "0.jpg").rename(colours / "train" / "red" / "9.jpg")
+    group = children.ranks(2, other_images, drawing(), shared_colours, colours, tmp_path / "run")
+    assert codes(group, 10) == [LOST, 2]
+    assert "rank 1 found other images" in group[0].said()
+    assert not (tmp_path / "run").exists()
+
+
+def other_images(recipe, data, others, out):
+    run(recipe, others if os.environ["RANK"] == "1" else data, out)
+
+
+def test_R11_the_other_ranks_of_a_stopped_one_leave(shared_colours, tmp_path, children):
+    out = tmp_path / "run"
+    group = children.ranks(2, stopped, drawing(), shared_colours, out)
+    until(lambda: (out / "log.jsonl").exists() and len(losses(out)) == 4)
+    started = time.monotonic()
+    assert group[0].wait() == HANG
+    assert time.monotonic() - started < 2 + 2
+    assert (
+        "all_reduce" in (out / "stacks-rank0.txt").read_text() or "backward" in (out / "stacks-rank0.txt").read_text()
+    )
+    os.kill(group[1].pid, signal.SIGKILL)
+
+
+def test_R44_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shared_colours, tmp_path, children):
+    recipe = "--recipe folder --model lambda_resnet_tiny --image-px 8 --epochs 14 --batch-images 8 --lr-per-256 1.0"
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+        "-m", "lambdanets", "train", "--data", str(shared_colours), *recipe.split(), "--out", str(out), "--resume",
+        "--seed", "3", "--save-steps", "2", "--log-steps", "1", "--device", "cpu",
+    ]  # fmt: skip
+    asked = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=14, batch_images=8, lr_per_256=1.0)
+    straight = children.ranks(2, run, asked, shared_colours, tmp_path / "straight")
+    with open(tmp_path / "said", "w") as said:
+        torchrun = subprocess.Popen(command, stdout=said, stderr=said)
+        try:
+            until(lambda: (out / "log.jsonl").exists() and len(losses(out)) >= 4, 60)
+            rank = max(
+                int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+            )
+            os.kill(rank, signal.SIGKILL)
+            started = time.monotonic()
+            until(lambda: (tmp_path / "said").read_text().count("goes on after step") == 1, 30)
+            assert time.monotonic() - started < 15
+            assert torchrun.wait(60) == 0, (tmp_path / "said").read_text()
+        finally:
+            torchrun.kill()
+    assert codes(straight) == [0, 0]
+    assert weights(out) == weights(tmp_path / "straight")
+    assert losses(out) == losses(tmp_path / "straight")
