@@ -132,12 +132,18 @@ class Watchdog:
         self._file.write(f"process {os.getpid()}: {why}\n")
         self._file.flush()
         faulthandler.dump_traceback(file=self._file, all_threads=True)
+        ends_s = time.monotonic() + 1.2
         for child in multiprocessing.active_children():
+            start = size = os.fstat(self._file.fileno()).st_size
             with contextlib.suppress(OSError):
                 os.kill(child.pid or 0, signal.SIGUSR1)
+            while time.monotonic() < ends_s:  # for its stacks, whole: those of two at once would mix
+                time.sleep(0.05)
+                before, size = size, os.fstat(self._file.fileno()).st_size
+                if start < before == size:
+                    break
         self._tell(f"process {os.getpid()}: {why}")
         text = f"lambdanets: {why}: the stacks are in {self.stacks}; exit code {code}, go on with --resume\n"
         with contextlib.suppress(OSError, ValueError):
             os.write(2, text.encode())
-        time.sleep(0.3)  # for the children's stacks
         os._exit(code)

@@ -63,7 +63,7 @@ def codes(group, timeout_s=60):
         ("sync", "float32", 2, 1),
         ("sync", "float64", 2, 1),
         pytest.param("sync", "float32", 4, 1, marks=pytest.mark.slow),
-        pytest.param("sync", "float64", 4, 2, marks=pytest.mark.slow),
+        pytest.param("sync", "float64", 4, 1, marks=pytest.mark.slow),
         pytest.param("frozen", "float32", 4, 1, marks=pytest.mark.slow),
     ],
 )

@@ -493,6 +493,7 @@ def test_class_names_and_an_index_beside_a_folder_that_cannot_be_written(tmp_pat
         ({"0.jpg": b""}, {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}, "link, device or sparse"),
         ({"0.jpg": b""}, {"type": tarfile.FIFOTYPE}, "link, device or sparse"),
         ({"0.jpg": b""}, {"type": tarfile.GNUTYPE_SPARSE}, "link, device or sparse"),
+        ({"0.jpg": b"x"}, {"pax_headers": {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}}, "link, device or sparse"),
         ({"0.cls": b"1" * (1 << 20) + b"1"}, {}, "a label in 1,048,577 bytes"),
         ({"0.jpg": b"x", "1.cls": b"0"}, {}, "the sample '0' has no label"),
         ({"0.cls": b"0", "0.txt": b"x"}, {}, "the sample '0' has 0 pictures"),
