@@ -59,7 +59,8 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
     """
     b, m, _, u = keys.shape
     folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
-    spec = _Spec("keys", "scores", _blocks((q.shape[1],), block), (), (), (), key_norm)
+    blocks = _blocks((q.shape[1],), block)
+    spec = _Spec("keys", "scores", blocks, (), (), [()] * len(blocks), key_norm)
     return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), None, spec)
 
 
@@ -131,7 +132,7 @@ class _Spec(NamedTuple):
     blocks: list[Box]  # of the query grid, in row-major order
     grid: tuple[int, ...]
     context_grid: tuple[int, ...]
-    reach: tuple[int, ...]  # offsets on either side that the table holds, an axis
+    seen: list[Box]  # the contexts that each block reaches in a table, counted in reversed order
     key_norm: str
 
 
@@ -155,7 +156,8 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         assert p.embeddings is not None
         weights = p.embeddings
         values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
-        spec = _Spec("embeddings", order, _blocks((p.q.shape[1],), block), (), (), (), "")
+        blocks = _blocks((p.q.shape[1],), block)
+        spec = _Spec("embeddings", order, blocks, (), (), [()] * len(blocks), "")
     else:
         d = len(p.grid)
         weights = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
@@ -168,7 +170,10 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         values = p.values.flip(1).permute(0, 3, 1, 2).reshape(b, u * m, v)  # M = (u, reversed m)
         mask = None if mask is None else mask.flip(2)
         reach = tuple((r - 1) // 2 for r in p.table.shape[:d])
-        spec = _Spec("table", order, _blocks(p.grid, block), p.grid, p.context_grid, reach, "")
+        blocks = _blocks(p.grid, block)
+        spec = _Spec(
+            "table", order, blocks, p.grid, p.context_grid, [_seen(box, p.context_grid, reach) for box in blocks], ""
+        )
     # Without gradients the function alone: binding its arguments takes as long as a small map's products.
     contract = _Contract.apply if torch.is_grad_enabled() else _Contract.forward
     return contract(p.q, values, weights, mask, p.lam_c, spec)
@@ -178,14 +183,16 @@ def _last_axis_first(pairs: list[int]) -> list[int]:
     return [x for i in range(len(pairs) - 2, -1, -2) for x in pairs[i : i + 2]]
 
 
-def _seen(spec: _Spec, box: Box) -> Box:
-    """The contexts that a box of queries reaches in a table, a (start, stop) an axis, counted in reversed order."""
-    if spec.source != "table":
-        return ()
-    return tuple(
-        (min(size, max(0, size - stop - reach)), max(0, min(size, size - start + reach)))
-        for (start, stop), size, reach in zip(box, spec.context_grid, spec.reach, strict=True)
-    )
+def _seen(box: Box, context_grid: tuple[int, ...], reach: tuple[int, ...]) -> Box:
+    """The contexts, counted in reversed order, that a box of queries reaches with so many offsets on either side."""
+
+    def along(start: int, stop: int, size: int, half: int) -> tuple[int, int]:
+        if start - half >= size:
+            return 0, 0
+        # No min and max: under torch.compile they would make symbols of what is plainly 0.
+        return 0 if stop + half >= size else size - stop - half, size if start <= half else size - start + half
+
+    return tuple(along(*ends, size, half) for ends, size, half in zip(box, context_grid, reach, strict=True))
 
 
 def _cut(x: Tensor, spec: _Spec, seen: Box, axis: int) -> Tensor:
@@ -303,9 +310,8 @@ class _Contract(torch.autograd.Function):
         b, _, h, _ = q.shape
         v = values.shape[2]
         outputs, lo = [], 0
-        for box in spec.blocks:
+        for box, seen in zip(spec.blocks, spec.seen, strict=True):
             hi = lo + math.prod([stop - start for start, stop in box])
-            seen = _seen(spec, box)
             part, V = q[:, lo:hi], _cut(values, spec, seen, 1)
             M = V.shape[1]
             W = _weights(spec, weights, box, seen, mask)
@@ -322,8 +328,8 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.spec = inputs
-        ctx.save_for_backward(*tensors)
+        q, values, weights, mask, lam_c, ctx.spec = inputs
+        ctx.save_for_backward(q, values, weights, mask, lam_c)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -334,10 +340,9 @@ class _Contract(torch.autograd.Function):
         # Gradients that are sums over blocks are summed in float32 or better.
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         grads_q, grad_v, grad_w, grad_c, lo = [], None, None, None, 0
-        for box in spec.blocks:
+        for box, seen in zip(spec.blocks, spec.seen, strict=True):
             hi = lo + math.prod([stop - start for start, stop in box])
             rows = hi - lo
-            seen = _seen(spec, box)
             part, dy, V = q[:, lo:hi], grad[:, lo:hi], _cut(values, spec, seen, 1)
             M = V.shape[1]
             W = _weights(spec, weights, box, seen, mask)
