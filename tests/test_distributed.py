@@ -316,6 +316,18 @@ def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(shared_colo
     assert not (tmp_path / "run").exists()
 
 
+def test_R45_ranks_that_were_asked_for_different_runs_refuse(shared_colours, tmp_path, children):
+    group = children.ranks(2, other_recipe, drawing(), shared_colours, tmp_path / "run")
+    assert codes(group, 10) == [LOST, 2]
+    assert "rank 1 was asked for another recipe or seed" in group[0].said()
+
+
+def other_recipe(recipe, data, out):
+    if os.environ["RANK"] == "1":
+        recipe = dataclasses.replace(recipe, clip_norm=3.0)
+    run(recipe, data, out)
+
+
 def other_images(recipe, data, others, out):
     run(recipe, others if os.environ["RANK"] == "1" else data, out)
 

@@ -1,8 +1,8 @@
 """The contract of the loss curve: 50 steps of a tiny model, as they were when the file beside was written.
 
-A change of the operation, the layer, the model, the data's order, augmentation, optimiser or schedule shows here. On the
-platform that wrote the file the losses are equal to the last bit; elsewhere, within TOLERANCE: rounding differs, and
-50 steps amplify it. `make loss-curve` writes the file again; say in the commit why the curve may change.
+A change of the operation, the layer, the model, the data's order, augmentation, optimiser or schedule shows here. On
+the platform that wrote the file the losses are equal to the last bit; elsewhere, within TOLERANCE: rounding differs,
+and 50 steps amplify it. `make loss-curve` writes the file again; say in the commit why the curve may change.
 """
 
 import dataclasses
