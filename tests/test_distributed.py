@@ -60,7 +60,7 @@ def codes(group, timeout_s=60):
         ("frozen", "float32", 2, 1),
         ("frozen", "float64", 4, 2),
         ("frozen", "float64", 3, 1),  # 3, 3 and 2 of 8 images
-        ("sync", "float32", 2, 1),
+        pytest.param("sync", "float32", 2, 1, marks=pytest.mark.slow),
         ("sync", "float64", 2, 1),
         pytest.param("sync", "float32", 4, 1, marks=pytest.mark.slow),
         pytest.param("sync", "float64", 4, 1, marks=pytest.mark.slow),
