@@ -269,7 +269,7 @@ def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderD
         return shards.open_shards(path)
     if not root.is_dir():
         raise BadData(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: {_LAYOUTS}")
-    if archives := sorted(root.glob("*.tar")):
+    if (archives := sorted(root.glob("*.tar"))) and not _folders(root):
         raise BadData(f"{root} holds {len(archives):,} archives and no {shards.MANIFEST}: lambdanets index {root}")
     ignored: dict[str, list[str]] = defaultdict(list)
     places = {name.lower(): name for name in _folders(root)}

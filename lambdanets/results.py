@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,8 +21,6 @@ from lambdanets import data as images_on_disk
 from lambdanets.batches import Batches
 from lambdanets.checkpoint import (
     BAD_SAMPLES,
-    RUN_JSON,
-    WEIGHTS,
     BadRun,
     Run,
     choose_folder,
@@ -36,6 +35,7 @@ from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
 from lambdanets.report import confusion_png
 from lambdanets.shards import is_shards
+from lambdanets.start import read_record
 
 EVALUATION_JSON = "evaluation.json"
 CONFUSION = "confusion.png"
@@ -139,7 +139,13 @@ def evaluate_run(
                 rank=ranks.rank,
                 ranks=ranks.ranks,
             )
-        scores = evaluate(opened.model.to(device), batches, classes=len(opened.classes), device=device, ranks=ranks)
+        try:
+            scores = evaluate(opened.model.to(device), batches, classes=len(opened.classes), device=device, ranks=ranks)
+        except BadImage as error:
+            error.add_note("repair or remove it, or leave such images out and count them: --exclude-bad")
+            raise
+        if not math.isfinite(scores.loss):
+            raise BadRun(f"the loss of {run} on {data or 'its held-out images'} is {scores.loss}: {how}")
         found = Evaluation(scores, images, how, excluded, folder)
         with ranks.together():
             if ranks.first:
@@ -245,15 +251,16 @@ def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
     Raises BadData for a class that the run does not know, or no images.
     """
     root, classes = Path(data), tuple(record["classes"])
+    own = record["data"]["source"] == images_on_disk.absolute(data)
     divided: Images | None = None
     try:
         divided = images_on_disk.folder(data).val
     except BadData:  # fit for no training: one class, say
-        if not root.is_dir() or is_shards(data):
+        if own or not root.is_dir() or is_shards(data):
             raise
     if divided is not None:
-        own = str(root.resolve()) == record["data"]["source"] or divided.fingerprint() == _val_fingerprint(record)
-        if own or is_shards(data):
+        own = own or divided.fingerprint() == _val_fingerprint(record)
+        if own or not root.is_dir() or is_shards(data):
             which = "that the run held out" if own else "of its val split"
             _refuse_unknown(divided.classes, classes, str(data))
             return _chosen(divided, range(len(divided)), classes), f"the {len(divided):,} images of {data} {which}"
@@ -275,7 +282,8 @@ def _refuse_unknown(found: Sequence[str], classes: Sequence[str], where: str) ->
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         return ", ".join(names[:_LISTED]) + more
 
-    if unknown := [name for name in found if name not in set(classes)]:
+    known = set(classes)
+    if unknown := [name for name in found if name not in known]:
         raise BadData(
             f"{len(unknown)} classes of {where} are unknown to the run: {some(unknown)}; its {len(classes)} classes "
             f"are {some(classes)}; rename or remove the folders"
@@ -360,7 +368,7 @@ def write_report(
     folder, notes = Path(folder), []
     _need_matplotlib(REPORT)
     if record is None:
-        record = _record(folder)
+        record = read_record(folder)
     if scores is None:
         try:
             run = open_run(folder)
@@ -387,18 +395,6 @@ def write_report(
     except OSError as error:
         raise BadRun(f"{folder / REPORT} cannot be written: {error}") from error
     return folder / REPORT
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    path = folder / RUN_JSON
-    if not path.is_file():
-        raise BadRun(f"{folder} is not the folder of a run: it has no {RUN_JSON} (nor, then, {WEIGHTS})")
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        record["recipe"]["model"], record["data"]["source"], record["classes"], record["history"], record["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadRun(f"{path} is not the record of a run: {error!r}") from error
-    return record
 
 
 def _losses(path: Path) -> list[tuple[int, float]]:

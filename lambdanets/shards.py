@@ -16,7 +16,6 @@ Samples count through the shards in the manifest's order.  `pack.py` writes all 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -52,6 +51,7 @@ FORMAT = "lambdanets shards 1"
 COLUMNS = {"start": "<u8", "bytes": "<u4", "label": "<i4"}
 SPLITS = ("train", "val")
 _PART_BYTES = 16 << 20  # of a remote index, a read
+_READERS = 16  # of a store, at a time, in each process
 
 
 class Shard(NamedTuple):
@@ -155,8 +155,10 @@ class ShardImages(Images):
         """Begins to read these from a store, 16 at a time: an answer may take 0.1 s, decoding takes 2 ms."""
         self.coming.clear()
         if not filesystem(self.base)[2]:
+            pool = ThreadPoolExecutor(_READERS)
             process = os.getpid()  # threads, and so what they promised, do not follow into a forked worker
-            self.coming.update({(process, index): _readers(process).submit(self._bytes, index) for index in ids})
+            self.coming.update({(process, index): pool.submit(self._bytes, index) for index in ids})
+            pool.shutdown(wait=False)  # its threads end with the last of these
 
     def fingerprint(self) -> str:
         """Of classes, labels, and the sha256 of every shard; the place does not count."""
@@ -205,11 +207,6 @@ class ShardImages(Images):
 
     def __reduce__(self) -> tuple[Any, ...]:  # to a worker that is not forked; a mapped file would travel as its bytes
         return _again, (f"{STREAM if self.streamed else ''}{self.home}", self.split)
-
-
-@functools.cache
-def _readers(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(16)
 
 
 def _again(home: str, split: str) -> Images:

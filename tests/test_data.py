@@ -367,6 +367,12 @@ def test_r58_r62_hidden_and_foreign_files_are_ignored_and_counted(tmp_path):
     json.dumps(found.ignored)
 
 
+def test_an_archive_beside_the_classes_is_passed_over(tmp_path):
+    fill(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "photos.tar").touch()
+    assert data.folder(tmp_path).ignored["no image suffix"].first_names == ["photos.tar"]
+
+
 def test_ignored_names_are_at_most_ten(tmp_path):
     fill(tmp_path, {"a": 2, "b": 2})
     for index in range(25):

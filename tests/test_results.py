@@ -275,7 +275,9 @@ def test_r51_a_bad_image_is_an_error_that_names_it(made, capsys):
     with pytest.raises(BadImage, match=r"val/eel/4\.png"):
         evaluate_run(made / "run", made / "photos", device=CPU)
     assert main(["evaluate", str(made / "run"), "--data", str(made / "photos")]) == 2
-    assert "val/eel/4.png" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "val/eel/4.png" in said
+    assert "--exclude-bad" in said
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -415,7 +417,7 @@ def test_a_page_is_written_without_weights_images_or_epochs_and_says_what_is_mis
 
 def test_a_page_is_of_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "it has no run.json" in capsys.readouterr().err
+    assert "is not the folder of a run" in capsys.readouterr().err
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(BadRun, match="is not the record of a run"):
         write_report(tmp_path)

@@ -493,6 +493,7 @@ def test_class_names_and_an_index_beside_a_folder_that_cannot_be_written(tmp_pat
         ({"0.jpg": b""}, {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}, "link, device or sparse"),
         ({"0.jpg": b""}, {"type": tarfile.FIFOTYPE}, "link, device or sparse"),
         ({"0.jpg": b""}, {"type": tarfile.GNUTYPE_SPARSE}, "link, device or sparse"),
+        ({"0.jpg": b"x"}, {"pax_headers": {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}}, "link, device or sparse"),
         ({"0.cls": b"1" * (1 << 20) + b"1"}, {}, "a label in 1,048,577 bytes"),
         ({"0.jpg": b"x", "1.cls": b"0"}, {}, "the sample '0' has no label"),
         ({"0.cls": b"0", "0.txt": b"x"}, {}, "the sample '0' has 0 pictures"),
@@ -581,7 +582,7 @@ class Unreliable(MemoryFileSystem):
     def cat_file(self, path, start=None, end=None, **kwargs):
         Unreliable.reads += 1
         if Unreliable.reads in self.stalls:
-            time.sleep(5)
+            time.sleep(1.5)
         chance = self.dice.random()
         if chance < 0.10:
             raise ConnectionResetError("the store hung up")
@@ -607,6 +608,7 @@ def store(packed, monkeypatch, tmp_path):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the stalled reads, in 3.12
 @pytest.mark.parametrize("workers", [0, 2])
 def test_r68_reads_that_fail_are_short_or_stall_are_retried_in_the_same_order(store, packed, monkeypatch, workers):
     monkeypatch.setattr(Unreliable, "stalls", (20, 33))
