@@ -81,13 +81,18 @@ def look(
         train_images, val_images, how, ignored = _read_data(data)
         _check_model(recipe, len(train_images.classes), min(len(train_images), recipe.batch_images), ranks, options)
         prints = {"train": train_images.fingerprint(), "val": val_images.fingerprint()}
-    told = ranks.all([str(folder), old, prints])
+    asked = json.loads(json.dumps([dataclasses.asdict(recipe), seed]))  # as another rank's arrives
+    told = ranks.all([str(folder), old, prints, asked])
     folder, old = Path(told[0][0]), told[0][1]
     with ranks.together():
         if old is not None and old["data"].get("fingerprint") != prints:
             source = old["data"]["source"]
             raise BadRun(
                 f"--resume: {data or 'the digits'} are other images, names or labels than {source} was at the start"
+            )
+        if asked != told[0][3]:
+            raise BadRun(
+                f"rank {ranks.rank} was asked for another recipe or seed than rank 0: give every process the same"
             )
         if prints != told[0][2]:
             raise BadRun(f"rank {ranks.rank} found other images in {data} than rank 0: every machine needs the same")

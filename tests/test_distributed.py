@@ -60,7 +60,7 @@ def codes(group, timeout_s=60):
         ("frozen", "float32", 2, 1),
         ("frozen", "float64", 4, 2),
         ("frozen", "float64", 3, 1),  # 3, 3 and 2 of 8 images
-        ("sync", "float32", 2, 1),
+        pytest.param("sync", "float32", 2, 1, marks=pytest.mark.slow),
         ("sync", "float64", 2, 1),
         pytest.param("sync", "float32", 4, 1, marks=pytest.mark.slow),
         pytest.param("sync", "float64", 4, 1, marks=pytest.mark.slow),
@@ -314,6 +314,18 @@ def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(shared_colo
     assert codes(group, 10) == [LOST, 2]
     assert "rank 1 found other images" in group[0].said()
     assert not (tmp_path / "run").exists()
+
+
+def test_R45_ranks_that_were_asked_for_different_runs_refuse(shared_colours, tmp_path, children):
+    group = children.ranks(2, other_recipe, drawing(), shared_colours, tmp_path / "run")
+    assert codes(group, 10) == [LOST, 2]
+    assert "rank 1 was asked for another recipe or seed" in group[0].said()
+
+
+def other_recipe(recipe, data, out):
+    if os.environ["RANK"] == "1":
+        recipe = dataclasses.replace(recipe, clip_norm=3.0)
+    run(recipe, data, out)
 
 
 def other_images(recipe, data, others, out):

@@ -280,6 +280,37 @@ def test_resume_without_a_folder_or_a_run(shared_colours, tmp_path, capsys):
         train(tiny(), shared_colours, out=tmp_path / "other", resume=True)
 
 
+def test_checkpoints_come_by_the_clock_or_by_the_count_and_milestones_stay(shared_colours, tmp_path):
+    def saved(out, **options):
+        options = {"save_minutes": 0, "keep_checkpoints": 1, **options}
+        train(tiny(), shared_colours, out=out, options=Options(**options))
+        return sorted(int(p.name.removeprefix("step-")) for p in out.glob("step-*"))
+
+    assert saved(tmp_path / "none") == []
+    assert saved(tmp_path / "count", save_steps=5, keep_checkpoints=9) == [5, 10]
+    assert saved(tmp_path / "clock", save_minutes=1e-6, keep_checkpoints=99) == list(range(1, STEPS))
+    assert saved(tmp_path / "milestones", milestone_epochs=2, save_steps=5) == [6, 12]
+    result = train(tiny(), shared_colours, out=tmp_path / "milestones", resume=True)
+    assert "finished" in json.loads((result.folder / "run.json").read_text())["status"]
+
+
+def test_a_run_that_was_killed_after_its_last_epoch_only_finishes(shared_colours, tmp_path, references):
+    out = tmp_path / "run"
+
+    def killed(self, scores):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "_finish", killed)
+        with pytest.raises(Killed):
+            train(tiny(), shared_colours, out=out, seed=3, options=Options(milestone_epochs=4))
+    assert newest_checkpoint(out).step == STEPS
+    (tmp_path / "run.ids").write_text("")
+    tensors, tree, _, history, result = run_to(tiny(), shared_colours, out, resume=True)
+    want = references(tiny())
+    same(want, (tensors, tree, want[2], history, result))
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 

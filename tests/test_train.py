@@ -522,7 +522,7 @@ def test_a_model_that_cannot_take_the_image_is_refused(colours, tmp_path, monkey
     refuse(BadRecipe, r"cannot train on a batch of \(8, 3, 8, 8\).*4", tiny(), colours, tmp_path / "run")
 
 
-def test_a_batch_of_one_on_a_map_of_one_pixel_is_found_at_the_start(colours, tmp_path):
+def test_R28_a_batch_of_one_on_a_map_of_one_pixel_is_found_at_the_start(colours, tmp_path):
     refuse(BadRecipe, "another --batch-images", tiny(batch_images=1), colours, tmp_path / "run")
 
 
