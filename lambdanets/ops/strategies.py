@@ -216,6 +216,7 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
     return _Rates(dict(zip(orders, macs, strict=True)), dict(zip(orders, moved, strict=True)), far, block_s)
 
 
+_LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2))
 # Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2), to
 # every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets, not
 # measured yet.
@@ -294,8 +295,12 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     rates = _RATES[device, _itemsize(p) < 4, p.training]
     order = name.removesuffix("_chunked")
     blocks = max(1, p.n // block) if row.chunked else 1
+    rate = rates.macs[order]
+    if order == "conv" and device == "cpu" and p.table is not None and p.grid is not None:
+        kernel = max(min(r, 2 * s - 1) for r, s in zip(p.table, p.grid, strict=True))
+        rate = rate / 10 if kernel > _LARGE_KERNEL else rate
     far = 1.0 if largest <= _CACHE_BYTES[device] else rates.far
-    seconds = macs / rates.macs[order] + moved / rates.bytes[order] * far + rates.block_s * blocks
+    seconds = macs / rate + moved / rates.bytes[order] * far + rates.block_s * blocks
     return Cost(name, macs, moved, largest, seconds, block, why_not)
 
 
