@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -80,6 +81,9 @@ class Ranks:
             if words is None and not isinstance(error, LostProcess) and not _lost_contact(error):
                 self.tell(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         if error is None or not torch.cuda.is_available():  # NCCL would wait for the others to finish
+            # The group's destructor joins gloo's thread while it holds the interpreter's lock (torch 2.11), and that
+            # thread may still need the lock to drop the last collective's Python objects: let it, or both wait forever.
+            time.sleep(0.2)
             dist.destroy_process_group()
         self._store = None
         if error is not None and _lost_contact(error):
