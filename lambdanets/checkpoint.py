@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -30,6 +29,7 @@ import torchvision
 from torch import Tensor, nn
 
 import lambdanets
+from lambdanets.archive import placed
 from lambdanets.batches import View
 from lambdanets.recipes import Recipe
 
@@ -49,12 +49,7 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
     Raises BadRun where `out` is a file or holds anything: a run is never mixed with another.
     """
     if out is None:
-        numbers = [
-            int(found[1])
-            for path in Path("runs").glob(f"{name}-*")
-            if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
-        ]
-        return Path("runs") / f"{name}-{max(numbers, default=0) + 1}"
+        return next_numbered(Path("runs"), name)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise BadRun(f"--out {folder} is a file: name a folder")
@@ -64,28 +59,16 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
     return folder
 
 
+def next_numbered(folder: Path, name: str) -> Path:
+    """FOLDER/NAME-N with N one above the largest there, by number."""
+    found = (re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name) for path in folder.glob(f"{name}-*"))
+    return folder / f"{name}-{max((int(match[1]) for match in found if match), default=0) + 1}"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, synchronise, rename: after a crash the old content or the new is there, whole."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder, a rename say, on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    with placed(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

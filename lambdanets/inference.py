@@ -13,12 +13,12 @@ from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d, fold, heard, plain, product
+from .layer import BATCH_NORM, LambdaLayer, LambdaLayer1d, LambdaLayer3d, fold, heard, plain, product, stack
 from .ops import plan, relative_embeddings
 from .ops.tune import tuned
+from .weights import relative_table
 
 KEPT_BYTES = 8 << 20  # of expanded tables a layer may keep: three maps of 14 x 14 in float32, or one of 19 x 19
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -67,22 +67,18 @@ class FusedLambdaLayer(LambdaLayer):
         nn.Module.__init__(self)
         left = ("training", "to_k", "table", "position_bias")  # None here where the layer lacks them
         vars(self).update({k: value for k, value in vars(layer).items() if k[0] != "_" and k not in left})
-        self.layout = (type(layer).ndim,)
-        parts = [(layer.to_q, layer.norm_q), (layer.to_k, None), (layer.to_v, layer.norm_v)]
-        folded = [fold(c.weight.detach().flatten(1), c.bias, norm) for c, norm in parts if c is not None]
-        self.counts = [len(weight) for weight, _ in folded]
-        biases = [weight.new_zeros(len(weight)) if bias is None else bias.detach() for weight, bias in folded]
-        self.register_buffer("weight", torch.cat([weight for weight, _ in folded]))
-        self.register_buffer("bias", torch.cat(biases))
+        vars(self)["ndim"] = type(layer).ndim
+        with torch.no_grad():
+            weights, biases, norms = layer.projections()
+            weight, bias = stack(weights, biases, norms)
+        self.counts = [len(part) for part in weights]
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", weight.new_zeros(len(weight)) if bias is None else bias)
         for name in ("table", "position_bias"):
             given = getattr(layer, name)
             self.register_buffer(name, None if given is None else given.detach())
         self.expanded: OrderedDict[Any, Tensor | None] = OrderedDict()
         self.eval()
-
-    @property
-    def ndim(self) -> int:  # type: ignore[override]
-        return self.layout[0]
 
     def train(self, mode: bool = True) -> "FusedLambdaLayer":
         """Evaluation only."""
@@ -157,13 +153,9 @@ def _from_timm(layer: TimmLambdaLayer) -> LambdaLayer:
         if layer.qkv.bias is not None:
             conv.bias = nn.Parameter(layer.qkv.bias.split(counts)[i].detach())
     ours.norm_q, ours.norm_v = layer.norm_q, layer.norm_v
-    if layer.conv_lambda is not None:
-        ours.table = nn.Parameter(layer.conv_lambda.weight[:, 0].permute(1, 2, 3, 0).movedim(2, 3).detach())
-        if layer.conv_lambda.bias is not None:
-            ours.position_bias = nn.Parameter(layer.conv_lambda.bias.detach())
-    else:
-        assert layer.pos_emb is not None
-        ours.table = nn.Parameter(layer.pos_emb[..., None].detach())
+    if layer.conv_lambda is not None and layer.conv_lambda.bias is not None:
+        ours.position_bias = nn.Parameter(layer.conv_lambda.bias.detach())
+    ours.table = nn.Parameter(relative_table(layer).detach())
     return ours.eval()
 
 
@@ -175,7 +167,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self.leaves = (*get_notrace_modules(), *_BATCH_NORM, LambdaLayer, TimmLambdaLayer)
+        self.leaves = (*get_notrace_modules(), *BATCH_NORM, LambdaLayer, TimmLambdaLayer)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
@@ -205,7 +197,7 @@ def _fold_batch_norms(model: nn.Module) -> None:
             continue
         conv, norm = parts[str(node.target)], parts[str(reader.target)]
         acts = type(norm) is BatchNormAct2d
-        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not (acts or type(norm) in _BATCH_NORM):
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not (acts or type(norm) in BATCH_NORM):
             continue
         if heard(conv) or heard(norm) or norm.running_var is None or norm.weight is None:
             continue

@@ -12,7 +12,7 @@ from .ops import STRATEGIES, Problem, lambda_op
 from .ops.lambda_op import KEY_NORMS
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _RESIZE = ("linear", "bicubic", "trilinear")
 
@@ -54,6 +54,17 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[T
     return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), shift.to(weight.dtype)
 
 
+def stack(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: Sequence[nn.Module | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Several projections of one map as one, each with its norm folded in: weight, and bias if there is any."""
+    folded = [fold(*part) for part in zip(weights, biases, norms, strict=True)]
+    weight = torch.cat([w for w, _ in folded])
+    if all(b is None for _, b in folded):
+        return weight, None
+    return weight, torch.cat([weight.new_zeros(len(w)) if b is None else b for w, b in folded])
+
+
 def project(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: Sequence[nn.Module | None]
 ) -> Sequence[Tensor]:
@@ -65,12 +76,7 @@ def project(
     returns  (b, positions, channels out) each
     """
     training = any(norm is not None and norm.training for norm in norms)
-    if not training:
-        folded = [fold(*part) for part in zip(weights, biases, norms, strict=True)]
-        weights, biases = [w for w, _ in folded], [b for _, b in folded]
-    weight, bias = torch.cat(list(weights)), None
-    if any(b is not None for b in biases):
-        bias = torch.cat([weight.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    weight, bias = stack(weights, biases, [None] * len(weights) if training else norms)
     parts: Sequence[Tensor] = product(x, weight, bias).split([len(w) for w in weights], 1)
     if training:  # contiguous: batch norm takes up to three times as long on a slice
         maps = [y.unflatten(2, x.shape[2:]).contiguous() for y in parts]
@@ -111,7 +117,7 @@ def plain(module: nn.Module | None) -> bool:
         return False
     if isinstance(module, _CONV):
         return type(module) in _CONV and module.weight[0, 0].numel() == module.groups == max(module.stride) == 1
-    return type(module) in _BATCH_NORM and module.running_var is not None and module.weight is not None
+    return type(module) in BATCH_NORM and module.running_var is not None and module.weight is not None
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -257,7 +263,7 @@ class LambdaLayer(StrictLoading):
         self.causal, self.strategy = causal, strategy
         self.scope, self.size = self._sides(scope, size) if position else (None, None)
 
-        conv, norm = _CONV[self.ndim - 1], _BATCH_NORM[self.ndim - 1]
+        conv, norm = _CONV[self.ndim - 1], BATCH_NORM[self.ndim - 1]
         self.to_q = conv(dim, heads * key_depth, 1, bias=False)
         self.to_k = conv(context_dim, key_depth * intra_depth, 1, bias=False) if content else None
         self.to_v = conv(context_dim, self.value_depth * intra_depth, 1, bias=False)
@@ -374,11 +380,14 @@ class LambdaLayer(StrictLoading):
             keys = None if self.to_k is None else self.to_k(context).flatten(2).mT
             values = normed(self.norm_v, self.to_v(context)).flatten(2).mT
             return normed(self.norm_q, self.to_q(x)).flatten(2).mT, keys, values
-        used = [(conv, norm) for conv, norm in zip(convs, norms, strict=True) if conv is not None]
-        q, *keys, values = project(
-            x, [conv.weight.flatten(1) for conv, _ in used], [conv.bias for conv, _ in used], [norm for _, norm in used]
-        )
+        q, *keys, values = project(x, *self.projections())
         return q, keys[0] if keys else None, values
+
+    def projections(self) -> tuple[list[Tensor], list[Tensor | None], list[nn.Module | None]]:
+        """Weights (channels out, context_dim or dim), biases and norms of q, of k where there are keys, and of v."""
+        parts = ((self.to_q, self.norm_q), (self.to_k, None), (self.to_v, self.norm_v))
+        used = [(conv, norm) for conv, norm in parts if conv is not None]
+        return [c.weight.flatten(1) for c, _ in used], [c.bias for c, _ in used], [norm for _, norm in used]
 
     def _positions(self, x: Tensor, context: Tensor) -> dict[str, Any]:
         """The position argument of `lambda_op`."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import lambdanets
 from lambdanets import optim
 from lambdanets.batches import mix
-from lambdanets.checkpoint import RUN_JSON, WEIGHTS, BadRun
+from lambdanets.checkpoint import RUN_JSON, WEIGHTS, BadRun, read_weights
 from lambdanets.data import hash_of
 from lambdanets.distributed import Ranks, sync_batch_norm
 from lambdanets.layer import mismatch
@@ -275,12 +274,9 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise BadRun(f"--init-from {path} does not exist: name a run's folder or a safetensors file")
     try:
-        content = path.read_bytes()
-        tensors = safetensors.torch.load(content)
-    except Exception as error:  # safetensors has its own exception, not a ValueError
-        raise BadRun(f"--init-from {path} cannot be read as safetensors: {error}") from error
-    if wrong := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise BadRun(f"--init-from {path}: {len(wrong)} tensors are not finite: {', '.join(wrong[:10])}")
+        tensors = read_weights(path)
+    except BadRun as error:
+        raise BadRun(f"--init-from {error}") from error
     own = model.state_dict()
     head = [name for name in own if name.startswith(_classifier_name(model) + ".")]
     other_classes = any(name in tensors and tensors[name].shape[:1] != own[name].shape[:1] for name in head)
@@ -299,7 +295,9 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
         f"its classifier is for other classes, so a new one for {len(own[head[-1]])} starts" if new else "all of it"
     )
     said = f"weights from {path}: {classifier}"
-    return {"said": said, "source": str(source), "sha256": hashlib.sha256(content).hexdigest()}
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"said": said, "source": str(source), "sha256": digest}
 
 
 def _classifier_name(model: nn.Module) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from lambdanets.checkpoint import (
     BadRun,
     Run,
     choose_folder,
+    next_numbered,
     open_run,
     write_atomically,
     write_json,
@@ -35,7 +34,7 @@ from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
 from lambdanets.report import confusion_png
 from lambdanets.shards import is_shards
-from lambdanets.start import read_record
+from lambdanets.start import need, read_record
 
 EVALUATION_JSON = "evaluation.json"
 CONFUSION = "confusion.png"
@@ -120,7 +119,7 @@ def evaluate_run(
                 images, how = own_images(opened.record)
             else:
                 images, how = images_of(data, opened.record)
-            folder = choose_folder(out, "evaluation") if out is not None else _next(Path(run), "evaluation")
+            folder = choose_folder(out, "evaluation") if out is not None else next_numbered(Path(run), "evaluation")
         excluded: dict[str, str] = {}
         if exclude_bad:
             with ranks.together():
@@ -215,11 +214,6 @@ def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | Non
 
 def _wrong(found: Evaluation, k: int) -> bool:
     return found.scores.predicted[k] != int(found.images.labels[found.scores.ids[k]])
-
-
-def _next(run: Path, name: str) -> Path:
-    numbers = [int(m[1]) for p in run.glob(f"{name}-*") if (m := re.fullmatch(rf"{name}-(\d+)", p.name))]
-    return run / f"{name}-{max(numbers, default=0) + 1}"
 
 
 # --- which images ----------------------------------------------------------------------------------------------------
@@ -340,8 +334,7 @@ def _val_fingerprint(record: dict[str, Any]) -> str | None:
 
 
 def _need_matplotlib(what: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadRun(f"matplotlib is not installed ({what} is drawn with it): pip install 'lambdanets[plots]'")
+    need("matplotlib", "plots", f"{what} is drawn with it")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -227,13 +227,18 @@ def choose_device(device: str, ranks: Ranks | None = None) -> torch.device:
     return torch.device(device)
 
 
+def need(module: str, extra: str, why: str) -> None:
+    """Raises BadRun, with the command that installs it, where an optional module is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise BadRun(f"{module} is not installed ({why}): pip install 'lambdanets[{extra}]'")
+
+
 def _check_extras(*, digits: bool, tensorboard: bool) -> None:
     needed = [("matplotlib", "plots", "curves.png is drawn with it")]
     if digits:
         needed.append(("sklearn", "digits", "the digits come with scikit-learn"))
     for module, extra, why in needed:
-        if importlib.util.find_spec(module) is None:
-            raise BadRun(f"{module} is not installed ({why}): pip install 'lambdanets[{extra}]'")
+        need(module, extra, why)
     if tensorboard:
         check_tensorboard()
 

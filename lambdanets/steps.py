@@ -30,7 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lambdanets.checkpoint import BadRun, sync_folder
+from lambdanets.archive import sync_folder
+from lambdanets.checkpoint import BadRun
 from lambdanets.state import DTYPES, flatten, unflatten
 
 TENSORS = "tensors.safetensors"

@@ -49,16 +49,14 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
         return self.pool(like(y, x))
 
     def _table(self, height: int, width: int) -> Tensor:
-        """timm's positions as a relative table (r_y, r_x, k, 1), a view: both are indexed by context - query."""
-        if self.conv_lambda is not None:
-            return self.conv_lambda.weight[:, 0].permute(1, 2, 0, 3)  # (k, 1, r_y, r_x, 1)
-        if height > self.feat_size[0] or width > self.feat_size[1]:
+        """`relative_table`, if this map is no larger than it was made for."""
+        if self.conv_lambda is None and (height > self.feat_size[0] or width > self.feat_size[1]):
             raise ValueError(
                 f"the map is {(height, width)} and pos_emb was made for at most {tuple(self.feat_size)}: give smaller "
                 "images, or build timm's model with img_size=... and load its pos_emb from lambdanets.resize_table("
                 f"pos_emb[..., None], {(height, width)})[..., 0]"
             )
-        return self.pos_emb[..., None]  # (2H-1, 2W-1, k)
+        return relative_table(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AcceleratedLambdaLayer":
         # A 5-D kernel makes `model.to(memory_format=torch.channels_last)` fail; its last axis has one element.
@@ -66,6 +64,14 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
             return fn(t.squeeze(-1)).unsqueeze(-1) if t.dim() == 5 else fn(t)
 
         return super()._apply(on_four_axes, recurse)
+
+
+def relative_table(layer: TimmLambdaLayer) -> Tensor:
+    """timm's positions as a relative table (r_y, r_x, k, 1), a view: both are indexed by context - query."""
+    if layer.conv_lambda is not None:
+        return layer.conv_lambda.weight[:, 0].permute(1, 2, 0, 3)  # (k, 1, r_y, r_x, 1)
+    assert layer.pos_emb is not None
+    return layer.pos_emb[..., None]  # (2H-1, 2W-1, k)
 
 
 def accelerate(model: nn.Module, *, undo: bool = False) -> int:
