@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -32,15 +33,12 @@ import lambdanets
 from lambdanets.archive import placed
 from lambdanets.batches import View
 from lambdanets.recipes import Recipe
+from lambdanets.steps import TENSORS, BadRun, is_checkpoint, read_checkpoint
 
 WEIGHTS = "weights.safetensors"
 RUN_JSON = "run.json"
 CURVES = "curves.png"
 BAD_SAMPLES = "bad_samples.jsonl"
-
-
-class BadRun(ValueError):
-    """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:
@@ -100,14 +98,17 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a run's folder. A pickle is refused: reading one runs what is in it.
+    """The tensors of a safetensors file, a run's folder, or a checkpoint RUN/step-N: there the running average.
 
-    Raises BadRun, naming the file and the remedy: missing, a pickle, cut short, or with weights that are not finite
-    (at most ten named). Whether they fit a model, its `load_state_dict` says.
+    A pickle is refused: reading one runs what is in it. Raises BadRun, naming the file and the remedy: missing, a
+    pickle, cut short, or with weights that are not finite (at most ten named). Whether they fit a model, its
+    `load_state_dict` says.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / WEIGHTS
+    if is_checkpoint(path):
+        average: dict[str, Tensor] = read_checkpoint(path).load()["learner"]["average"]
+        return average  # finite: another is never saved
+    path = weights_file(path)
     try:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -129,20 +130,31 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def weights_file(path: Path) -> Path:
+    """The file that `read_weights` reads the tensors of a path from."""
+    if not path.is_dir():
+        return path
+    return path / (TENSORS if is_checkpoint(path) else WEIGHTS)
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run with a finished epoch, read back: model (eval mode, CPU), how it sees an image, classes, run.json."""
+    """A run read back: its folder, model (eval mode, CPU), how it sees an image, classes, run.json."""
 
+    folder: Path
     model: nn.Module
     view: View
     classes: tuple[str, ...]
     record: dict[str, Any]
 
 
-def open_run(folder: str | Path) -> Run:
-    """Read a run's folder. Raises BadRun, naming the file, where anything is missing or does not fit together."""
-    folder = Path(folder)
-    record_path, weights_path = folder / RUN_JSON, folder / WEIGHTS
+def open_run(source: str | Path) -> Run:
+    """Read a run's folder, with the weights of its last finished epoch; or a checkpoint RUN/step-N, with its own.
+
+    Raises BadRun, naming the file, where anything is missing or does not fit together.
+    """
+    folder = Path(os.path.abspath(source)).parent if is_checkpoint(source) else Path(source)
+    record_path, weights_path = folder / RUN_JSON, weights_file(Path(source))
     for path in (record_path, weights_path):
         if not path.is_file():
             raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {path.name}")
@@ -153,10 +165,10 @@ def open_run(folder: str | Path) -> Run:
         classes = tuple(str(c) for c in record["classes"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadRun(f"{record_path} is not a run of lambdanets {lambdanets.__version__}: {error!r}") from error
-    tensors = read_weights(weights_path)
+    tensors = read_weights(source)
     model = lambdanets.create_model(recipe.model, num_classes=len(classes), in_channels=recipe.in_channels)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise BadRun(f"{weights_path} is not the weights of this run's {recipe.model}: {error}") from error
-    return Run(model.eval(), view, classes, record)
+    return Run(folder, model.eval(), view, classes, record)

@@ -237,7 +237,7 @@ def _parser() -> ArgumentParser:
     train.add_argument("--clip-norm", type=NonNegativeFloat, help="largest norm of the gradient; 0: any")
     train.add_argument("--batch-norm", type=BatchNorm, help="statistics: of a process, of all, or as they are")
     train.add_argument("--precision", type=Precision, help="auto: bfloat16 on a GPU, float32 on a CPU")
-    train.add_argument("--init-from", type=str, metavar="WEIGHTS", help="first weights: safetensors, or a run's folder")
+    train.add_argument("--init-from", type=str, metavar="WEIGHTS", help="first weights: safetensors, RUN or RUN/step-N")
     train.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     train.add_argument("--out", type=str, metavar="RUN", help="a new folder (without it: the next runs/NAME-NUMBER)")
     train.add_argument(
@@ -247,6 +247,7 @@ def _parser() -> ArgumentParser:
     train.add_argument("--save-steps", type=NonNegativeInt, default=0, help="between checkpoints; 0: never")
     train.add_argument("--keep-checkpoints", type=PositiveInt, default=3, help="the newest ones")
     train.add_argument("--milestone-epochs", type=NonNegativeInt, default=0, help="between checkpoints kept for ever")
+    train.add_argument("--keep-best", action="store_true", help="the checkpoint of the best epoch on held-out images")
     train.add_argument(
         "--skip-non-finite", type=NonNegativeInt, default=0, metavar="STEPS", help="in a row to leave out, at most 10"
     )
@@ -256,12 +257,13 @@ def _parser() -> ArgumentParser:
     train.add_argument("--channels-last", action="store_true", help="memory format of images and kernels")
     train.add_argument("--compile-model", action="store_true", help="torch.compile")
     train.add_argument("--recompute", action="store_true", help="activations, in the backward pass: less memory")
+    train.add_argument("--fsdp", action="store_true", help="divide the state among the processes instead of copying it")
     train.add_argument("--seed", type=NonNegativeInt, help="two runs with one seed are equal on a CPU (default: 0)")
     train.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
     commands.add_subcommand("train", train, help="train on a folder of images, or on handwritten digits")
 
     predict = ArgumentParser(description="The top classes of image files and their probabilities.", epilog=_EXIT_CODES)
-    predict.add_argument("run", type=str, metavar="RUN", help="the folder of a run of `lambdanets train`")
+    predict.add_argument("run", type=str, metavar="RUN", help="the folder of a run, or a checkpoint RUN/step-N")
     predict.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP files")
     predict.add_argument("--json", action="store_true", help="one line of JSON an image, with the errors among them")
     predict.add_argument("--top", type=PositiveInt, default=3, metavar="K", help="classes an image")

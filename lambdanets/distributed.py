@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -185,6 +188,19 @@ class Ranks:
             gradient_as_bucket_view=True,
             **synchronise,
         )
+
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+        """Divide the parameters among the ranks, in place (FSDP2): those of a block are whole while it computes.
+
+        A block that shares a parameter with another is not a unit of its own: it goes with what lies outside blocks.
+        """
+        mesh = init_device_mesh(device.type, (self.ranks,))
+        blocks = list(blocks)
+        users = Counter(p for block in blocks for p in block.parameters())
+        for block in blocks:
+            if all(users[p] == 1 for p in block.parameters()):
+                fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor (floats, one device) by its mean over the ranks."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import lambdanets
 from lambdanets import optim
 from lambdanets.batches import mix
-from lambdanets.checkpoint import RUN_JSON, WEIGHTS, BadRun, read_weights
+from lambdanets.checkpoint import RUN_JSON, BadRun, read_weights, weights_file
 from lambdanets.data import hash_of
 from lambdanets.distributed import Ranks, sync_batch_norm
 from lambdanets.layer import mismatch
@@ -94,13 +95,17 @@ class Learner:
             for block in blocks(model):
                 block.forward = functools.partial(_recomputed, block, block.forward)
 
-    def parallelise(self, *, compile_model: bool = False) -> None:
+    def parallelise(self, *, compile_model: bool = False, fsdp: bool = False) -> None:
         """Join the other ranks, once the weights are there. All ranks call it; then torch.compile, on request.
 
+        fsdp   the state is divided among the ranks: each has had the whole of it until now, and has again for a save
         DDP rearranges its buckets after the first backward pass, and with them the order in which a ring sums. That
         pass is made here, on nothing: a resumed run would else differ, in its first step, from what it continues.
         """
-        self.parallel = self.ranks.parallel(self.model, self.device)
+        if fsdp and self.ranks.ranks > 1:
+            self._shard()
+        else:
+            self.parallel = self.ranks.parallel(self.model, self.device)
         if self.ranks.ranks > 1:
             torch._foreach_copy_(self._buffers_before, self._buffers)
             train_mode(self.model, self.recipe)
@@ -109,6 +114,24 @@ class Learner:
             self.parallel(images).sum().backward()
             self.leave_out()
         self.forward = torch.compile(self.parallel) if compile_model else self.parallel
+
+    def _shard(self) -> None:
+        whole = self.optimizer.state_dict()
+        self.model.to(memory_format=torch.contiguous_format)  # it divides no others
+        self.ranks.shard(self.model, blocks(self.model) if hasattr(self.model, "stages") else [], self.device)
+        self.average.shard(self.model)
+        self.optimizer = optim.optimizer(self.model, self.recipe)
+        owners = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, state in whole["state"].items():
+            shape = owners[index].shape
+            whole["state"][index] = {
+                name: optim.part_like(value, owners[index])
+                if isinstance(value, Tensor) and value.shape == shape
+                else value
+                for name, value in state.items()
+            }
+        self.optimizer.load_state_dict(whole)
+        self.parallel = self.model
 
     def gradients(self, images: Tensor, labels: Tensor, step: int) -> Gradients:
         """The gradient of the mean loss over all ranks' images, in the parameters' `grad`; the weights stay.
@@ -148,7 +171,8 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         self._unscaled = True
         found = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        loss_sum, right_sum, norm = torch.stack([total, right, found.to(total)]).tolist()  # one wait for the device
+        found = optim.whole(found).to(total)
+        loss_sum, right_sum, norm = torch.stack([total, right, found]).tolist()  # one wait for the device
         return Gradients(loss_sum, int(right_sum), norm, self.scaler.get_scale())
 
     def apply(self, step: int, lr: float, norm: float) -> None:
@@ -172,13 +196,15 @@ class Learner:
             self._unscaled = False
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
-        return {
+        """Everything that the next step depends on. All ranks call it; where the state is divided, rank 0 gets it."""
+        state = {
             "model": self.model.state_dict(),
-            "average": self.average.module.state_dict(),
+            "average": self.average.whole().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        found: dict[str, Any] = optim.whole(state, keep=self.ranks.first)
+        return found
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave. Raises BadRun where it does not fit this model."""
@@ -192,7 +218,9 @@ class Learner:
 
     @contextlib.contextmanager
     def _gradients_stay_here(self, more_follow: bool) -> Iterator[None]:
-        """DDP sends gradients once a step, with the last part."""
+        """DDP and FSDP send gradients once a step, with the last part."""
+        if isinstance(self.parallel, FSDPModule):
+            self.parallel.set_requires_gradient_sync(not more_follow)
         if more_follow and isinstance(self.parallel, DistributedDataParallel):
             with self.parallel.no_sync():
                 yield
@@ -261,17 +289,16 @@ def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
 def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
     """Start `model` from weights that were trained before; a classifier for other classes stays new.
 
-    source   a safetensors file with the names of `model.state_dict()`, or the folder of a run
+    source   a safetensors file with the names of `model.state_dict()`, the folder of a run, or its RUN/step-N
     returns  `said`, a line on what was loaded; `source`; and `sha256` of the file
     Raises BadRun: no such file, not safetensors, not finite, names or shapes of another model (at most ten a kind).
     """
     path = Path(source)
-    if path.is_dir():
-        if not (path / WEIGHTS).is_file():
-            what = f"the run of {path} has not finished an epoch" if (path / RUN_JSON).is_file() else "it is no run"
-            raise BadRun(f"--init-from {path}: it has no {WEIGHTS}, {what}: name a run's folder or a safetensors file")
-        path = path / WEIGHTS
-    if not path.is_file():
+    file = weights_file(path)
+    if path.is_dir() and not file.is_file():
+        what = f"the run of {path} has not finished an epoch" if (path / RUN_JSON).is_file() else "it is no run"
+        raise BadRun(f"--init-from {path}: it has no {file.name}, {what}: name a run's folder or a safetensors file")
+    if not file.is_file():
         raise BadRun(f"--init-from {path} does not exist: name a run's folder or a safetensors file")
     try:
         tensors = read_weights(path)
@@ -288,15 +315,15 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
     shapes = {n: (tuple(own[n].shape), tuple(tensors[n].shape)) for n in sorted(own.keys() & tensors.keys())}
     differing = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if missing or extra or differing:
-        raise BadRun(f"--init-from {mismatch(str(path), differing, missing, extra)}")
+        raise BadRun(f"--init-from {mismatch(str(file), differing, missing, extra)}")
     model.load_state_dict(tensors, strict=False)
     new = not any(name in tensors for name in head)
     classifier = (
         f"its classifier is for other classes, so a new one for {len(own[head[-1]])} starts" if new else "all of it"
     )
-    said = f"weights from {path}: {classifier}"
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    said = f"weights from {file}: {classifier}"
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {"said": said, "source": str(source), "sha256": digest}
 
 

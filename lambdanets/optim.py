@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from timm.optim import Lamb, param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lambdanets.recipes import Recipe
 
@@ -70,18 +72,32 @@ class RunningAverage:
 
     Not timm's ModelEmaV3: it walks the state dict, where a table shared by several layers stands several times, and
     would average that table several times a step.
-    decay = 0 keeps the last weights.
+    decay = 0 keeps the last weights. After `shard` a process averages its own part, and `module` is as old as the last
+    call of `whole`.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._own = _tensors(self.module)
+
+    def shard(self, model: nn.Module) -> None:
+        """Divide the average among the processes as the model's parameters are."""
+        self._own = [part_like(own, new) for own, new in zip(self._own, _tensors(model), strict=True)]
+
+    @torch.no_grad()
+    def whole(self) -> nn.Module:
+        """The module, up to date. All processes call it."""
+        for value, own in zip(_tensors(self.module), self._own, strict=True):
+            if isinstance(own, DTensor):
+                value.copy_(own.full_tensor())
+        return self.module
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """average <- d * average + (1 - d) * model with d = `ema_decay(step)`; whole numbers are copied."""
         new_share = 1 - ema_decay(step, self.decay)
-        own, new = _tensors(self.module), _tensors(model)
+        own, new = ([_local(t) for t in tensors] for tensors in (self._own, _tensors(model)))
         floats = [i for i, t in enumerate(own) if t.is_floating_point()]
         torch._foreach_lerp_([own[i] for i in floats], [new[i] for i in floats], new_share)
         for average, value in zip(own, new, strict=True):
@@ -89,5 +105,31 @@ class RunningAverage:
                 average.copy_(value)
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
+def _tensors(model: nn.Module) -> list[Tensor]:
     return [*(p.detach() for p in model.parameters()), *model.buffers()]  # each shared one once
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def part_like(t: Tensor, like: Tensor) -> Tensor:
+    """`t`, the same on every process, divided among them as `like` is, if `like` is."""
+    if not isinstance(like, DTensor):
+        return t
+    return distribute_tensor(t.contiguous(), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """A nested state with every divided tensor put together again; all processes call it, in the same order.
+
+    keep   False: the tensors are dropped as soon as another process has them
+    """
+    if isinstance(value, DTensor):
+        together = value.full_tensor()
+        return together if keep else None
+    if isinstance(value, dict):
+        return type(value)((key, whole(item, keep=keep)) for key, item in value.items())
+    if isinstance(value, list):
+        return [whole(item, keep=keep) for item in value]
+    return value

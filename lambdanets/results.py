@@ -101,7 +101,7 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run's weights on a folder of images, each counted once, and write the numbers and the picture.
 
-    run           the folder of a run
+    run           the folder of a run, or a checkpoint of it, RUN/step-N
     data          a folder of images, see `images_of`; None: the images that the run held out
     out           a new or empty folder; None: the next RUN/evaluation-N
     batch_images  images a batch; None: the recipe's. It changes memory and time, not the counts
@@ -119,7 +119,7 @@ def evaluate_run(
                 images, how = own_images(opened.record)
             else:
                 images, how = images_of(data, opened.record)
-            folder = choose_folder(out, "evaluation") if out is not None else next_numbered(Path(run), "evaluation")
+            folder = choose_folder(out, "evaluation") if out is not None else next_numbered(opened.folder, "evaluation")
         excluded: dict[str, str] = {}
         if exclude_bad:
             with ranks.together():

@@ -31,14 +31,18 @@ import torch
 from torch import Tensor
 
 from lambdanets.archive import sync_folder
-from lambdanets.checkpoint import BadRun
 from lambdanets.state import DTYPES, flatten, unflatten
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 _FORMAT = 1
+_STEP = r"step-(0|[1-9][0-9]*)"
 _TRIES = 3  # saves that may fail in a row
+
+
+class BadRun(ValueError):
+    """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
 
 
 class NonFiniteState(ArithmeticError):
@@ -63,6 +67,22 @@ class Checkpoint:
             return unflatten(tensors, json.loads((self.path / STATE).read_bytes()))
         except Exception as error:  # safetensors has its own exception, not a ValueError
             raise BadRun(f"{self.path} cannot be read: {error!r}") from error
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is that of a step folder, good or bad."""
+    path = Path(os.path.abspath(path))
+    return re.fullmatch(_STEP, path.name) is not None and path.is_dir()
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint of a step folder, compared with its manifest. Raises BadRun where it is damaged."""
+    step = int(Path(os.path.abspath(path)).name.removeprefix("step-"))
+    try:
+        _verify(Path(path), step)
+    except (OSError, BadRun) as error:
+        raise BadRun(f"{path} is damaged ({error}): name another step") from error
+    return Checkpoint(step, Path(path))
 
 
 def newest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = None) -> Checkpoint | None:
@@ -330,7 +350,7 @@ def _steps(folder: Path) -> list[int]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(0|[1-9][0-9]*)", name)))
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(_STEP, name)))
 
 
 def _manifest_bytes(manifest: dict[str, Any]) -> bytes:

@@ -149,7 +149,7 @@ def train(
                     start.begin(learner.began_from)
             with ranks.together():  # stacks and bad images are listed on the machine of the rank
                 start.folder.mkdir(parents=True, exist_ok=True)
-            learner.parallelise(compile_model=start.options.compile_model)
+            learner.parallelise(compile_model=start.options.compile_model, fsdp=start.options.fsdp)
             run = _Run(start, ranks, learner, store)
             run.go_on_from(state, asked=resume)
             del state
@@ -255,14 +255,18 @@ class _Run:
         at.epoch, at.batch, at.seen, at.right, at.loss_sum, at.train_s, at.wait_s = at.epoch + 1, 0, 0, 0, 0.0, 0.0, 0.0
         with self.ranks.together():
             if self.ranks.first:
-                save_weights(self.learner.average.module, self.folder / WEIGHTS)
+                save_weights(self.learner.average.module, self.folder / WEIGHTS)  # as evaluated
                 self._write_record()
                 assert self.progress is not None
                 assert self.log is not None
                 self.progress.epoch(row)
                 self.log.write(at.step - 1, val_loss=scores.loss, val_top1_frac=scores.top1_frac, epoch=at.epoch)
-        if self.options.milestone_epochs and at.epoch % self.options.milestone_epochs == 0:
-            self._save(milestone=True)
+        best = self.options.keep_best and row["val_top1_frac"] > max(
+            (r["val_top1_frac"] for r in at.history[:-1]), default=-1
+        )
+        milestone = self.options.milestone_epochs > 0 and at.epoch % self.options.milestone_epochs == 0
+        if best or milestone:
+            self._save(best=best, milestone=milestone)
         return scores
 
     def _next_batch(self, stream: Iterator[Batch]) -> tuple[Batch, float]:
@@ -354,7 +358,7 @@ class _Run:
 
         try:
             return evaluate(
-                self.learner.average.module,
+                self.learner.average.whole(),
                 self.val_batches,
                 classes=len(self.record["classes"]),
                 device=self.learner.device,
@@ -371,15 +375,15 @@ class _Run:
         by_time = self.options.save_minutes and minutes >= self.options.save_minutes
         return steps > 0 and bool(by_step or by_time)
 
-    def _save(self, *, milestone: bool = False, wait: bool = False) -> None:
+    def _save(self, *, best: bool = False, milestone: bool = False, wait: bool = False) -> None:
         """Save the state of `at.step` steps; the thread of the store writes it, unless it is waited for."""
         bad = {name: reason for theirs in self.ranks.all(self.batches.bad) for name, reason in theirs.items()}
         self.at.total_s = time.monotonic() - self.began_s
+        learnt = self.learner.state()
         with self.ranks.together():
             if self.store is not None:
-                position = dataclasses.asdict(self.at)
-                state = {"learner": self.learner.state(), "position": position, "bad": bad}
-                self.store.save(self.at.step, state, milestone=milestone)
+                state = {"learner": learnt, "position": dataclasses.asdict(self.at), "bad": bad}
+                self.store.save(self.at.step, state, best=best, milestone=milestone)
                 if wait:
                     self.store.wait()
         self.saved_s, self.saved_step = time.monotonic(), self.at.step

@@ -16,13 +16,17 @@ import torch
 from conftest import until
 from test_resume import at_step, main_like
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import lambdanets.distributed
 import lambdanets.steps
 from lambdanets.batches import Batches, View
+from lambdanets.checkpoint import read_weights
 from lambdanets.distributed import Ranks, sync_batch_norm
 from lambdanets.evaluate import evaluate
+from lambdanets.learner import Learner
 from lambdanets.recipes import BadRecipe, Options, choose
+from lambdanets.state import flatten
 from lambdanets.steps import newest_checkpoint
 from lambdanets.train import train
 from lambdanets.watchdog import HANG, LOST
@@ -86,6 +90,99 @@ def test_R40_R41_ranks_compute_what_one_process_does(
     assert [p.name for p in sorted((tmp_path / "group").iterdir())] == [
         p.name for p in sorted((tmp_path / "alone").iterdir())
     ]
+
+
+@pytest.mark.parametrize(
+    ("precision", "before", "after", "changes"),
+    [
+        ("float64", 2, 1, {"batch_norm": "frozen", "optimizer": "adamw", "accumulation": 2, "clip_norm": 0.5}),
+        pytest.param("float32", 4, 1, {"batch_norm": "frozen"}, marks=pytest.mark.slow),
+        pytest.param("float32", 2, 4, {"batch_norm": "sync"}, marks=pytest.mark.slow),
+        pytest.param(
+            "float64", 4, 2, {"batch_norm": "sync", "optimizer": "lamb", "ema_decay": 0.9}, marks=pytest.mark.slow
+        ),
+        pytest.param("float64", 1, 4, {"batch_norm": "frozen"}, marks=pytest.mark.slow),
+    ],
+)
+def test_R42_a_divided_state_computes_the_same_and_goes_on_with_another_number_of_ranks(
+    precision, before, after, changes, shared_colours, tmp_path, children
+):
+    """FSDP2, killed in step 9 of 21, resumed on other ranks, against one process."""
+    recipe = same_on_any_ranks(precision=precision, **changes)
+    out = tmp_path / "run"
+    alone = children.start(run, recipe, shared_colours, tmp_path / "alone")
+    group = children.ranks(before, killed_divided, 0, 9, recipe, shared_colours, out)
+    assert codes([alone]) == [0]
+    assert codes(group)[0] == -signal.SIGKILL
+    group = children.ranks(after, run_divided, recipe, shared_colours, out)
+    assert codes(group) == [0] * after, group[0].said()
+    assert "goes on after step 8 of 21" in group[0].said()
+    one, many = losses(tmp_path / "alone"), losses(out)
+    assert len(one) == 21
+    assert max(one) - min(one) > 0.05
+    allowed = {"float32": 1e-6, "float64": 1e-12}[precision]
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= allowed
+    found, wanted = (read_weights(folder) for folder in (out, tmp_path / "alone"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e3 * allowed, atol=1e2 * allowed)
+
+
+def run_divided(recipe, data, out):
+    run(recipe, data, out, fsdp=True, save_steps=2)
+
+
+def killed_divided(rank, step, recipe, data, out):
+    on_rank(rank, step, lambda run: os.kill(os.getpid(), signal.SIGKILL))
+    run_divided(recipe, data, out)
+
+
+def divided():
+    """Which part of the state a rank holds, and the checkpoint's state, which is whole on rank 0 alone."""
+    recipe = choose("folder", model="resnet50_ccll", image_px=32, optimizer="adamw", precision="float32")
+    with Ranks() as ranks:
+        torch.manual_seed(0)
+        learner = Learner(recipe, 10, batch_images=4, seed=0, device=torch.device("cpu"), ranks=ranks)
+        all_numbers = sum(p.numel() for p in learner.model.parameters())
+        learner.parallelise(fsdp=True)
+        images, labels = torch.randn(2, 3, 32, 32), torch.tensor([ranks.rank, 3])
+        found = learner.gradients(images, labels, 0)
+        learner.apply(0, 0.1, found.norm)
+        held_parameters = list(learner.model.parameters())
+        held = {
+            "weights": sum(p.to_local().numel() for p in held_parameters),
+            "gradients": sum(p.grad.to_local().numel() for p in held_parameters),
+            "moments": sum(s["exp_avg"].to_local().numel() for s in learner.optimizer.state.values()),
+        }
+        state, _ = flatten(learner.state())
+        units = sum(isinstance(module, FSDPModule) for module in learner.model.modules())
+    parts = {name: n / all_numbers for name, n in held.items()}
+    return {"parts": parts, "parameters": len(held_parameters), "saved": len(state), "units": units}
+
+
+def test_R42_a_rank_holds_its_part_of_weights_gradients_and_moments(children):
+    found = [child.gave() for child in children.ranks(2, divided)]
+    for each in found:
+        assert each["units"] == 1 + 3 + 4 + 6 + 3
+        for part in each["parts"].values():
+            assert 0.45 < part < 0.55
+    assert found[0]["saved"] - found[1]["saved"] == 3 * found[0]["parameters"]  # weights and two moments
+
+
+def loses_float16():
+    """A gradient that overflows on one rank alone: both halve their scale and leave the step out."""
+    recipe = choose("folder", model="lambda_resnet_tiny", image_px=8, precision="float16")
+    with Ranks() as ranks:
+        torch.manual_seed(0)
+        learner = Learner(recipe, 4, batch_images=4, seed=0, device=torch.device("cpu"), ranks=ranks)
+        learner.parallelise(fsdp=True)
+        images = torch.randn(2, 3, 8, 8) * (1 if ranks.first else 1e30)
+        learner.gradients(images, torch.tensor([0, 1]), 0)
+        learner.leave_out()
+        return learner.scaler.get_scale()
+
+
+def test_R22_R42_the_loss_scale_stays_the_same_on_all_ranks(children):
+    assert [child.gave() for child in children.ranks(2, loses_float16)] == [32768.0, 32768.0]
 
 
 def sync_and_torchs():
@@ -257,9 +354,15 @@ def run_apart(recipe, data, out):
     run(recipe, data, out)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [3, 4])
-def test_R2_three_and_four_ranks_resume_to_the_bit(ranks, shared_colours, tmp_path, children):
+@pytest.mark.parametrize(
+    ("ranks", "killed", "run"),
+    [
+        pytest.param(3, killed, run, marks=pytest.mark.slow),
+        pytest.param(4, killed, run, marks=pytest.mark.slow),
+        pytest.param(2, killed_divided, run_divided),
+    ],
+)
+def test_R2_ranks_resume_to_the_bit_also_with_a_divided_state(ranks, killed, run, shared_colours, tmp_path, children):
     """The order of a ring's sums depends on DDP's buckets: they are the same before and after a resume."""
     recipe = drawing()
     assert codes(children.ranks(ranks, run, recipe, shared_colours, tmp_path / "straight")) == [0] * ranks

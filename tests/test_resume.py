@@ -1,6 +1,7 @@
 """What a run survives: kills, signals, hangs, lost readers, steps that are not finite. Every fault is a real one."""
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from conftest import until
 import lambdanets.data
 import lambdanets.learner
 import lambdanets.train
-from lambdanets.checkpoint import BadRun
+from lambdanets.checkpoint import BadRun, open_run
 from lambdanets.cli import main
 from lambdanets.distributed import LostProcess
 from lambdanets.recipes import BadRecipe, Options, choose
@@ -292,6 +293,47 @@ def test_checkpoints_come_by_the_clock_or_by_the_count_and_milestones_stay(share
     assert saved(tmp_path / "milestones", milestone_epochs=2, save_steps=5) == [6, 12]
     result = train(tiny(), shared_colours, out=tmp_path / "milestones", resume=True)
     assert "finished" in json.loads((result.folder / "run.json").read_text())["status"]
+
+
+def test_the_best_epoch_on_the_held_out_images_keeps_its_checkpoint_and_can_be_used(
+    shared_colours, tmp_path, monkeypatch, capsys
+):
+    tops, evaluate = iter((0.5, 0.75, 0.25, 0.75)), lambdanets.train.evaluate
+
+    def scored(*args, **how):
+        return dataclasses.replace(evaluate(*args, **how), top1_frac=next(tops))
+
+    monkeypatch.setattr(lambdanets.train, "evaluate", scored)
+    out, options = tmp_path / "run", Options(keep_best=True, save_steps=5, save_minutes=0, keep_checkpoints=1)
+    averages = {}
+    save = _Run._save
+
+    def spy(self, **how):
+        averages[self.at.step] = {k: v.clone() for k, v in self.learner.average.whole().state_dict().items()}
+        save(self, **how)
+
+    monkeypatch.setattr(_Run, "_save", spy)
+    train(tiny(), shared_colours, out=out, options=options)
+    assert sorted(p.name for p in out.glob("step-*")) == ["step-11", "step-6"]  # of epoch 2; the newest
+    monkeypatch.undo()
+
+    best = open_run(out / "step-6")
+    assert best.folder == out
+    for name, value in best.model.state_dict().items():
+        assert torch.equal(value, averages[6][name]), name
+    assert main(["evaluate", str(out / "step-6")]) == 0
+    assert (out / "evaluation-1" / "evaluation.json").is_file()
+    photo = next((shared_colours / "val").rglob("*.jpg"))
+    assert main(["predict", str(out / "step-6"), str(photo)]) == 0
+    tuned = train(tiny(epochs=1), shared_colours, out=tmp_path / "tuned", init_from=out / "step-6")
+    digest = hashlib.sha256((out / "step-6" / "tensors.safetensors").read_bytes()).hexdigest()
+    record = json.loads((tuned.folder / "run.json").read_text())
+    assert record["init_from"] == {"source": str(out / "step-6"), "sha256": digest}
+
+    (out / "step-6" / "state.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["predict", str(out / "step-6"), str(photo)]) == 2
+    assert re.search(r"step-6 is damaged \(state.json has 2 bytes, .*name another step", capsys.readouterr().err)
 
 
 def test_a_run_that_was_killed_after_its_last_epoch_only_finishes(shared_colours, tmp_path, references):

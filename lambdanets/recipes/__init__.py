@@ -176,6 +176,9 @@ class Options:
     save_steps        steps between checkpoints; 0: none by the count
     keep_checkpoints  newest ones that are kept
     milestone_epochs  every so many epochs a checkpoint that is kept for ever; 0: none
+    keep_best         a checkpoint of each epoch that got more of the held-out images right than all before; the newest
+                      of them is kept. The result of a run stays its last epoch: what is picked by its accuracy on
+                      some images has no longer an honest accuracy on them
     skip_non_finite   steps in a row whose loss or gradient is not finite that are left out, at most 10; 0: the first
                       ends the run
     hang_timeout_s    seconds without a step, or a batch of the evaluation, after which the process writes its stacks
@@ -185,12 +188,15 @@ class Options:
     channels_last     images and kernels with the channels innermost
     compile_model     torch.compile
     recompute         activations of a block are computed again in the backward pass instead of kept
+    fsdp              weights, gradients and the optimiser's state are divided among the processes (FSDP2) instead of
+                      repeated in each (DDP); the checkpoints are the same
     """
 
     save_minutes: float = 10.0
     save_steps: int = 0
     keep_checkpoints: int = 3
     milestone_epochs: int = 0
+    keep_best: bool = False
     skip_non_finite: int = 0
     hang_timeout_s: float = 1800.0
     log_steps: int = 10
@@ -198,6 +204,7 @@ class Options:
     channels_last: bool = False
     compile_model: bool = False
     recompute: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         smallest = {"keep_checkpoints": 1, "log_steps": 1}
