@@ -308,6 +308,25 @@ def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderD
     return FolderData(train_images, val_images, how, shown)
 
 
+def val_or_all(path: str | Path) -> tuple[Images, str]:
+    """Every picture of PATH/val/CLASS/... (or valid, validation, test), or else of PATH/CLASS/...; and a sentence.
+
+    Classes are the folders that hold pictures, in natural order. Raises BadData where there are no pictures.
+    """
+    root = Path(path)
+    places = {name.lower(): name for name in _folders(root)}
+    val = next((places[name] for name in _VAL_FOLDERS if name in places), "")
+    place = val if val and _folders(root / val) else ""
+    ignored: dict[str, list[str]] = defaultdict(list)
+    held = {name: files for name, files in _classes(root, place, ignored).items() if files}
+    if not held:
+        raise BadData(
+            f"no images in the class folders of {root / place}: expected CLASS/*.jpg there{_passed_over(ignored)}"
+        )
+    images = _files(root, tuple(held), held)
+    return images, f"all {len(images):,} images of {root / place}{_passed_over(ignored)}"
+
+
 def _files(root: Path, classes: tuple[str, ...], files: dict[str, list[str]]) -> Images:
     labelled = [(name, label) for label, of in enumerate(classes) for name in files.get(of, [])]
     return _Files(classes, [name for name, _ in labelled], [label for _, label in labelled], root)

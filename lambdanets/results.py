@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,17 +257,9 @@ def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
             which = "that the run held out" if own else "of its val split"
             _refuse_unknown(divided.classes, classes, str(data))
             return _chosen(divided, range(len(divided)), classes), f"the {len(divided):,} images of {data} {which}"
-    places = {name.lower(): name for name in images_on_disk._folders(root)}
-    val = next((places[name] for name in images_on_disk._VAL_FOLDERS if name in places), "")
-    place = val if val and images_on_disk._folders(root / val) else ""
-    ignored: dict[str, list[str]] = defaultdict(list)
-    files = images_on_disk._classes(root, place, ignored)
-    _refuse_unknown([name for name, held in files.items() if held], classes, str(root / place))
-    images = images_on_disk._files(root, classes, files)
-    passed_over = images_on_disk._passed_over(ignored)
-    if not len(images):
-        raise BadData(f"no images in the class folders of {root / place}: expected CLASS/*.jpg there{passed_over}")
-    return images, f"all {len(images):,} images of {root / place}{passed_over}"
+    images, how = images_on_disk.val_or_all(root)
+    _refuse_unknown(images.classes, classes, str(root))
+    return _chosen(images, range(len(images)), classes), how
 
 
 def _refuse_unknown(found: Sequence[str], classes: Sequence[str], where: str) -> None:

@@ -99,9 +99,9 @@ def look(
         view = View(
             recipe.image_px, recipe.in_channels, recipe.mean, recipe.std, recipe.crop_frac, recipe.interpolation
         )
-        batches = Batches(
+        mine = functools.partial(Batches, view=view, workers=workers, rank=ranks.rank, ranks=ranks.ranks)
+        batches = mine(
             train_images,
-            view,
             batch_images=recipe.batch_images,
             training=True,
             seed=seed,
@@ -109,21 +109,9 @@ def look(
             randaugment_ops=recipe.randaugment_ops,
             randaugment_magnitude=recipe.randaugment_magnitude,
             erase_frac=recipe.erase_frac,
-            workers=workers,
             bad_file=folder / BAD_SAMPLES,
-            rank=ranks.rank,
-            ranks=ranks.ranks,
         )
-        held_out = functools.partial(
-            Batches,
-            val_images,
-            view,
-            batch_images=recipe.eval_batch_images,
-            training=False,
-            workers=workers,
-            rank=ranks.rank,
-            ranks=ranks.ranks,
-        )
+        held_out = functools.partial(mine, val_images, batch_images=recipe.eval_batch_images, training=False)
         if old is None:
             for _ in held_out().epoch(0):  # evaluation may skip none: what cannot be read is found now, not later
                 pass

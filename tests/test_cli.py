@@ -126,7 +126,9 @@ def test_every_option_of_training_arrives(monkeypatch):
     monkeypatch.setattr(lambdanets.train, "train", lambda recipe, data, **rest: given.update(recipe=recipe, **rest))
     changes = "--optimizer lamb --accumulation 2 --clip-norm 1 --batch-norm sync --precision bfloat16"
     saving = "--save-minutes 3 --save-steps 7 --keep-checkpoints 5 --milestone-epochs 2 --skip-non-finite 4"
-    rest = "--hang-timeout-s 60 --log-steps 2 --tensorboard --channels-last --compile-model --recompute --keep-best --fsdp"
+    rest = (
+        "--hang-timeout-s 60 --log-steps 2 --tensorboard --channels-last --compile-model --recompute --keep-best --fsdp"
+    )
     more = "--init-from w.safetensors --resume --out run --seed 5"
     assert main(["train", *f"{changes} {saving} {rest} {more}".split()]) == 0
     assert given["options"] == Options(3.0, 7, 5, 2, True, 4, 60.0, 2, True, True, True, True, True)

@@ -270,13 +270,18 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 3, "loss": "inf", "lr": 0.5, "what": {"a": 1}}
 
 
-def test_tensorboard_writes_events_where_it_is_installed(tmp_path):
-    pytest.importorskip("tensorboard")
-    log = Log(tmp_path, first_step=0, tensorboard=True)
-    log.write(0, loss=1.5)
-    log.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in events.read_bytes()
+def test_tensorboard_reads_back_what_a_run_wrote_over_two_starts(tmp_path):
+    """What was written after the step that a start goes on from is purged, as in log.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, losses in ((0, (1.5, 1.25, 1.0)), (2, (0.75, 0.5))):
+        log = Log(tmp_path, first_step=first, tensorboard=True)
+        for step, loss in enumerate(losses, first):
+            log.write(step, loss=loss)
+        log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(0, 1.5), (1, 1.25), (2, 0.75), (3, 0.5)]
 
 
 def test_a_missing_tensorboard_is_found_at_the_start(shared_colours, tmp_path, monkeypatch):
