@@ -1,13 +1,16 @@
 """Several ranks are one run: the same losses, the same counts, one way out. gloo, on the CPU."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -475,3 +478,67 @@ def test_R44_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shared_colours,
     assert codes(straight) == [0, 0]
     assert weights(out) == weights(tmp_path / "straight")
     assert losses(out) == losses(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_the_guides_slurm_file_runs_on_two_pretended_machines_and_goes_on_after_sigterm(shared_colours, tmp_path):
+    """srun starts one torchrun a machine; here both are this one, with a rendezvous of their own."""
+    guide = (Path(__file__).parents[1] / "docs" / "photos.md").read_text()
+    script = textwrap.dedent(re.search(r"^    #!/bin/bash\n(?:    .*\n)+", guide, re.MULTILINE)[0])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    here = {
+        "--nnodes=16": "--nnodes=2",
+        "--nproc-per-node=8": "--nproc-per-node=1",
+        "29500": str(port),
+        "/shared/shards": str(shared_colours),
+        "--recipe pareto --model lambda_resnet152": "--recipe folder --model lambda_resnet_tiny --image-px 8 "
+        "--epochs 40 --batch-images 8 --lr-per-256 1 --seed 3 --device cpu --log-steps 1",
+        "--workers 10": "--workers 0",
+        "/shared/runs/big": str(out),
+        "torchrun": f"{sys.executable} -m torch.distributed.run",
+    }
+    for theirs, ours in here.items():
+        assert script.count(theirs) == 1, theirs
+        script = script.replace(theirs, ours)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, body in {
+        "scontrol": "echo 127.0.0.1; echo machine-2",
+        # SLURM sends the signal to the processes of the step
+        "srun": '"$@" & a=$!\n"$@" & b=$!\ntrap "kill -TERM $a $b" TERM\nwait $a\nwait $b && wait $a',
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(script.replace("srun", "exec srun"))
+    variables = {"SLURM_JOB_NODELIST": "machine-[1-2]", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"}
+    variables |= {"PATH": f"{tools}:{os.environ['PATH']}"}
+
+    jobs = []
+
+    def submit(name):
+        command = ["bash", tmp_path / "job.sh"]
+        with open(tmp_path / name, "w") as said:
+            jobs.append(
+                subprocess.Popen(command, env=os.environ | variables, stdout=said, stderr=said, start_new_session=True)
+            )
+        return jobs[-1]
+
+    try:
+        first = submit("first")
+        until(lambda: (out / "log.jsonl").exists() and len(losses(out)) >= 4, 60)
+        os.kill(first.pid, signal.SIGTERM)
+        assert first.wait(60) != 0
+        assert "which is saved: go on with --resume" in (tmp_path / "first").read_text()
+        second = submit("second")
+        assert second.wait(100) == 0, (tmp_path / "second").read_text()
+    finally:
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    assert "40 epochs on 2 processes" in (tmp_path / "second").read_text()
+    assert "goes on after step" in (tmp_path / "second").read_text()
+    record = json.loads((out / "run.json").read_text())
+    assert (record["status"], len(record["history"]), len(losses(out))) == ("finished", 40, 120)
