@@ -4,14 +4,26 @@ import copy
 import json
 import math
 import statistics
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from timm.data import create_dataset, create_loader
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 import lambdanets
-from benchmarks import figure, model, op, peers, public
+from benchmarks import figure, model, op, peers, public, timm_train
+from lambdanets import optim
+from lambdanets.batches import Batches, View
+from lambdanets.data import folder
+from lambdanets.distributed import Ranks
+from lambdanets.learner import Learner
 
 SMALL = {"lambda_resnet_tiny": 32, "test_efficientnet": 64}
 
@@ -369,3 +381,258 @@ def test_a_model_as_if_trained_shows_every_block():
     assert not net.training
     assert all(m.weight.all() for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     assert math.isclose(net.forward_features(x).std().item(), 1, rel_tol=0.7)
+
+
+# --- timm_train.py: the settings are the same ---
+
+
+def as_timm_parses(of) -> SimpleNamespace:
+    """timm's arguments as its script hands them to timm's factories."""
+    found: dict = {}
+    for word in timm_train.timm_arguments(of):
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            found[name] = []
+        else:
+            found[name].append(float(word) if "." in word or "e-" in word else int(word) if word.isdigit() else word)
+    return SimpleNamespace(**{key: True if not v else v[0] if len(v) == 1 else v for key, v in found.items()})
+
+
+def timm_rates(of, cfg: SimpleNamespace) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.lr)
+    steps = timm_train.STEPS
+    schedule, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(cfg), updates_per_epoch=steps)
+    assert epochs == of.epochs
+    rates = []
+    for step in range(epochs * steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(step + 1)
+        if (step + 1) % steps == 0:
+            schedule.step((step + 1) // steps)
+    return rates
+
+
+@pytest.mark.parametrize("epochs", [2, 8, 90])
+def test_the_learning_rates_of_timms_schedule_and_ours_agree_at_every_step(epochs):
+    of = timm_train.recipe(epochs)
+    theirs = timm_rates(of, as_timm_parses(of))
+    total, warmup = len(theirs), round(of.warmup_epochs * timm_train.STEPS)
+    ours = [optim.learning_rate(s, of.peak_lr, warmup_steps=warmup, total_steps=total) for s in range(total)]
+    assert ours[:warmup] == pytest.approx(theirs[:warmup], rel=1e-12)
+    assert max(ours) == max(theirs) == of.peak_lr
+    assert all(abs(a - b) < of.peak_lr / (total - warmup) for a, b in zip(ours, theirs, strict=True))
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], rel=2.5 / (total - warmup))
+
+
+def test_timms_script_and_ours_start_from_the_same_weights_and_make_the_same_steps():
+    of = timm_train.recipe(3)
+    cfg = as_timm_parses(of)
+    torch.manual_seed(5)
+    net = timm.create_model(
+        cfg.model, pretrained=False, in_chans=3, num_classes=cfg.num_classes, drop_rate=cfg.drop, drop_path_rate=None,
+        drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path="",
+    ).double()  # fmt: skip
+    optimizer = create_optimizer_v2(net, **optimizer_kwargs(cfg=cfg))
+    loss_of = LabelSmoothingCrossEntropy(cfg.smoothing)
+    torch.manual_seed(5)
+    cpu = torch.device("cpu")
+    learner = Learner(
+        replace(of, precision="float64"), cfg.num_classes, batch_images=4, seed=5, device=cpu,
+        ranks=Ranks.alone(),
+    )  # fmt: skip
+    learner.parallelise()
+    assert net.state_dict().keys() == learner.model.state_dict().keys()
+    assert all(torch.equal(net.state_dict()[name], t) for name, t in learner.model.state_dict().items())
+    names = {p: name for name, p in net.named_parameters()} | {p: name for name, p in learner.model.named_parameters()}
+
+    def groups(of_side):
+        settings = ("weight_decay", "momentum", "dampening", "nesterov", "foreach", "fused")
+        return [([names[p] for p in g["params"]], *(g[key] for key in settings)) for g in of_side.param_groups]
+
+    assert groups(optimizer) == groups(learner.optimizer)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, of.weight_decay}
+    net.train()
+    for step in range(3):
+        images, labels = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 9, 3])
+        found = learner.gradients(images, labels, step)
+        learner.apply(step, 0.05, found.norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05
+        optimizer.zero_grad()
+        loss = loss_of(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        assert found.loss_sum / 4 == pytest.approx(loss.item(), rel=1e-12)
+    for name, tensor in net.state_dict().items():
+        assert torch.allclose(tensor, learner.model.state_dict()[name], rtol=1e-9, atol=1e-12), name
+        assert torch.equal(learner.average.module.state_dict()[name], learner.model.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's reader leaves them to the collector
+def test_timm_and_ours_read_the_same_images_and_labels_from_the_folder(tmp_path):
+    timm_train.write_digits(tmp_path)
+    of = timm_train.recipe(2)
+    cfg = as_timm_parses(of)
+    view = View(of.image_px, of.in_channels, of.mean, of.std, of.crop_frac, of.interpolation)
+    found = folder(tmp_path)
+    both = {"train": (found.train, timm_train.TRAIN_IMAGES), "val": (found.val, timm_train.VAL_IMAGES)}
+    for split, (ours, n) in both.items():
+        training = split == "train"
+        batch = of.batch_images if training else of.eval_batch_images
+        theirs = create_dataset("", root=str(tmp_path), split=split, is_training=training, input_img_mode="RGB")
+        loader = create_loader(
+            theirs, input_size=tuple(cfg.input_size), batch_size=batch, is_training=training, no_aug=cfg.no_aug,
+            interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, mean=tuple(cfg.mean), std=tuple(cfg.std),
+            num_workers=0, device=torch.device("cpu"),
+        )  # fmt: skip
+        assert len(ours) == len(theirs) == n
+        assert [name for name, _ in sorted(theirs.reader.class_to_idx.items(), key=lambda of: of[1])] == [*ours.classes]
+        names = [f"{split}/{theirs.filename(i)}" for i in range(n)]
+        labels = dict(zip(names, (label for _, label in theirs.reader.samples), strict=True))
+        assert labels == dict(zip(ours.names, ours.labels, strict=True))
+        batches = Batches(ours, view, batch_images=batch, training=training, augment=of.augment)
+        assert len(batches) == len(loader) == (timm_train.STEPS if training else 3)
+        at = {name: i for i, name in enumerate(names)}
+        for mine in list(batches.epoch(0))[:2]:
+            levels = torch.stack([theirs[at[ours.names[i]]][0] for i in mine.ids]).float()
+            assert torch.allclose(mine.images, (levels - loader.mean) / loader.std, rtol=0, atol=1e-6)
+            assert mine.labels.tolist() == [labels[ours.names[i]] for i in mine.ids]
+        images, _ = next(iter(loader))
+        assert images.shape == mine.images.shape
+        if not training:
+            assert torch.allclose(images, next(batches.epoch(0)).images, rtol=0, atol=1e-6)
+
+
+# --- timm_train.py: what is read and said ---
+
+TIMM_LOG = """
+Scheduled epochs: 2 (warmup_epochs + epochs + cooldown_epochs).
+Train: 0 [   0/44 (  2%)]  Loss: 2.29 (2.29)  Time: 0.305s,  104.59/s  (0.305s,  104.59/s)  LR: 1.111e-03  Data: 0.109 (0.109)
+Train: 0 [  43/44 (100%)]  Loss: 1.55 (2.03)  Time: 0.137s,  233.27/s  (0.160s,  200.00/s)  LR: 4.889e-02  Data: 0.000 (0.028)
+Test: [   0/2]  Time: 1.555 (1.555)  Loss:   1.732 ( 1.732)  Acc@1:  30.833 ( 30.833)  Acc@5:  95.833 ( 95.833)
+Test: [   2/2]  Time: 1.203 (1.349)  Loss:   2.222 ( 2.013)  Acc@1:   0.000 ( 16.944)  Acc@5:  75.833 ( 82.222)
+Train: 1 [   0/44 (  2%)]  Loss: 1.59 (1.59)  Time: 0.182s,  176.05/s  (0.182s,  176.05/s)  LR: 5.000e-02  Data: 0.043 (0.043)
+Train: 1 [  43/44 (100%)]  Loss: 1.01 (1.17)  Time: 0.137s,  233.68/s  (0.130s,  246.15/s)  LR: 6.369e-05  Data: 0.000 (0.025)
+Test: [   0/2]  Time: 1.335 (1.335)  Loss:   4.723 ( 4.723)  Acc@1:  99.167 ( 99.167)  Acc@5: 100.000 (100.000)
+Test: [   2/2]  Time: 1.231 (1.267)  Loss:   8.667 ( 6.020)  Acc@1: 100.000 ( 99.444)  Acc@5: 100.000 (100.000)
+*** Best metric: 99.44444444444444 (epoch 1)
+"""  # noqa: E501
+
+
+def test_timms_log_gives_the_last_accuracy_and_every_epochs_speed():
+    of = timm_train.recipe(2)
+    assert timm_train.read_timm(TIMM_LOG, of) == timm_train.Trained(358, 360, [200.0, 246.15])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("4.889e-02", "4.781e-02", "learning rate of step 43 is 4.781e-02, ours 4.889e-02"),
+        ("6.369e-05", "7.369e-05", "learning rate of step 87"),
+        ("/44 ", "/45 ", "the ends of 0 epochs and 2 evaluations, not 2"),
+        ("[   0/44", "[   0/45", r"shows \{.*45.*\} steps an epoch"),
+        ("Test: [   2/2]", "Test: [   3/3]", "batches of held-out images"),
+        ("Acc@1", "Acc", "2 epochs and 0 evaluations"),
+    ],
+)
+def test_a_log_of_timms_that_shows_another_run_is_refused(old, new, said):
+    with pytest.raises(SystemExit, match=said):
+        timm_train.read_timm(TIMM_LOG.replace(old, new), timm_train.recipe(2))
+
+
+def outcomes(ours: list[int], theirs: list[int], speed: float = 1.0) -> list[dict]:
+    return [
+        timm_train.row(side, seed, timm_train.Trained(right, 360, [1.0, rate, rate]), 60.0)
+        for seed, pair_of in enumerate(zip(ours, theirs, strict=True))
+        for side, right, rate in zip(("ours", "timm"), pair_of, (200.0 * speed, 200.0), strict=True)
+    ]
+
+
+def test_a_difference_counts_where_seeds_and_images_cannot_explain_it():
+    same = timm_train.compare(outcomes([357, 355, 356], [355, 356, 357]))["top1"]
+    assert same["within_noise"]
+    assert same["difference"] == 0
+    assert same["of_seeds"] == pytest.approx(math.sqrt(2 / 3) / 360, abs=1e-5)  # each side's deviation is one image
+    assert same["of_images"] == pytest.approx(math.sqrt(2 * 356 * 4 / 360**3), abs=1e-5)
+    assert same["ours"]["spread"] == [round(355 / 360, 5), round(357 / 360, 5)]
+    worse = timm_train.compare(outcomes([340, 341, 342], [356, 355, 356]))["top1"]
+    assert not worse["within_noise"]
+    assert worse["difference"] < -2 * worse["standard_error"] < 0
+    assert timm_train.compare(outcomes([360, 360], [360, 360]))["top1"]["within_noise"]
+    assert timm_train.compare(outcomes([1], [360]))["top1"]["within_noise"] is None
+    assert timm_train.compare(outcomes([356], [356])[:1]) == {}
+
+
+def test_the_speed_is_compared_seed_by_seed_without_the_first_epoch():
+    slow = timm_train.compare(outcomes([356, 356], [356, 356], 0.94))["speed_over_timm"]
+    assert slow == {"by_seed": [0.94, 0.94], "median": 0.94, "aim": 0.95, "met": False}
+    assert timm_train.compare(outcomes([356], [356], 0.95))["speed_over_timm"]["met"]
+
+
+def test_the_last_line_is_the_result_and_the_runs_take_turns(monkeypatch, tmp_path, capsys):
+    turns = []
+
+    def trained(side, rate):
+        def call(*given):
+            turns.append((side, given[-2]))
+            return timm_train.Trained(350 + given[-2], 360, [1.0, rate])
+
+        return call
+
+    monkeypatch.setattr(timm_train, "check_script", lambda script, of: script)
+    monkeypatch.setattr(timm_train, "write_digits", lambda root: None)
+    monkeypatch.setattr(timm_train, "train_ours", trained("ours", 210.0))
+    monkeypatch.setattr(timm_train, "train_timm", trained("timm", 200.0))
+    script, out = tmp_path / "train.py", tmp_path / "out.json"
+    script.write_text("")
+    timm_train.main(["--timm-train", str(script), "--seeds", "3", "1", "--threads", "1", "--out", str(out)])
+    assert turns == [("ours", 3), ("timm", 3), ("ours", 1), ("timm", 1)]
+    text = capsys.readouterr().out.splitlines()[-1]
+    assert out.read_text() == text + "\n"
+    said = json.loads(text)
+    assert said["speed_over_timm"]["by_seed"] == [1.05, 1.05]
+    assert [r["right"] for r in said["rows"]] == [353, 353, 351, 351]
+    assert said["machine"]["timm"] == timm.__version__
+    assert str(tmp_path) not in text
+
+
+LIKE_TIMMS = "# from timm, create_scheduler_v2\ndef train_one_epoch():\n    ...\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "does not exist: take train.py of github.com/huggingface/pytorch-image-models at the tag v"),
+        ("print('hello')", "is not timm's train.py, it has no 'from timm' in it: take train.py"),
+        (LIKE_TIMMS + "print('--model-ema --lr-base')", r"does not take --model, .*--lr, .*--output: take train.py"),
+        (LIKE_TIMMS + "import timm.none_such", r"(?s)--help, with timm .* failed with exit code 1.*none_such"),
+    ],
+)
+def test_a_script_that_is_not_timms_is_refused_before_anything_is_trained(monkeypatch, tmp_path, text, said):
+    monkeypatch.setattr(timm_train, "write_digits", lambda root: pytest.fail("it went on"))
+    path = tmp_path / "train.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        timm_train.main(["--timm-train", str(path)])
+
+
+def test_without_the_script_it_says_where_to_get_it(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"--timm-train PATH is missing: take train.py"):
+        timm_train.main([])
+    with pytest.raises(SystemExit, match="is not a file"):
+        timm_train.main(["--timm-train", str(tmp_path)])
+    for wrong, said in ((["--epochs", "1"], "2 at least"), (["--seeds", "1", "1"], "each one once")):
+        with pytest.raises(SystemExit):
+            timm_train.main(wrong)
+        assert said in capsys.readouterr().err
+
+
+def test_a_training_that_fails_shows_the_end_of_its_output(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nprint('first'), print('middle\\n' * 40), sys.exit('out of luck')")
+    with pytest.raises(SystemExit) as failed:
+        timm_train.train_timm(Path(script), timm_train.recipe(2), tmp_path, tmp_path, 7, 1)
+    assert "timm's training, seed 7, failed with exit code 1" in str(failed.value)
+    assert "out of luck" in str(failed.value)
+    assert "first" not in str(failed.value)
