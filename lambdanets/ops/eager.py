@@ -229,12 +229,14 @@ def _weights_grad(
     spec: _Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | None, bar: Tensor, grad: Tensor
 ) -> Tensor:
     """The adjoint of `_weights`: one block's gradient, in the shape of what the block was cut from."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if spec.source == "table":
         d = len(box)
         grad = grad.view(*[b - a for a, b in box], *weights.shape[:2], *[b - a for a, b in seen])
-        for left in range(d, 0, -1):  # (block axes left, k, u, context axes left, axes done)
-            grad = _sum_diagonals(grad.movedim((0, left + 2), (-2, -1)))
+        for _ in range(d):  # (block axes left, k, u, offsets done, context axes left)
+            grad = _sum_diagonals(grad, d + 2, wide)
         return grad
+    grad = grad.to(wide)
     if spec.source == "embeddings":
         _, m, k, u = weights.shape
         return grad.view(grad.shape[0], k, m, u).permute(0, 2, 1, 3)
@@ -257,13 +259,26 @@ def _weights_grad(
     return grad.sum(1).permute(0, 2, 1, 3)
 
 
-def _sum_diagonals(x: Tensor) -> Tensor:
-    """Σ_i x[..., i, s - i] for every s, the adjoint of cutting windows: (..., c, w) -> (..., c + w - 1).
+def _sum_diagonals(x: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """Σ_i x[i, ..., s - i, ...] for every s, the adjoint of cutting windows: (c, ..., w, ...) -> (..., c + w - 1, ...).
 
-    Rows padded to c + w and read again c + w - 1 at a time are each one step further to the right.
+    axis   where w is in x; the sums are of that dtype
     """
-    c, w = x.shape[-2:]
-    return F.pad(x, (0, c)).flatten(-2)[..., :-c].unflatten(-1, (c, c + w - 1)).sum(-2)
+    c, w = x.shape[0], x.shape[axis]
+    if c == 1:
+        return x[0].to(dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # few launches, few nodes
+        # Rows padded to c + w and read again c + w - 1 at a time are each one step further to the right.
+        rows = F.pad(x.to(dtype).movedim((0, axis), (-2, -1)), (0, c)).flatten(-2)[..., :-c]
+        return rows.unflatten(-1, (c, c + w - 1)).sum(-2).movedim(-1, axis - 1)
+    total = x.new_zeros((*x.shape[1:axis], c + w - 1, *x.shape[axis + 1 :]), dtype=dtype)
+    if c <= w:  # read once, where it lies: up to a hundred times as fast as the copy (LOG.md, 2026-11-22 (4))
+        for i, row in enumerate(x):
+            total.narrow(axis - 1, i, w).add_(row)
+    else:
+        for j in range(w):
+            total.narrow(axis - 1, j, c).add_(x.select(axis, j).movedim(0, axis - 1))
+    return total
 
 
 def _by_query(x: Tensor) -> Tensor:
@@ -386,9 +401,7 @@ class _Contract(torch.autograd.Function):
                 for axis, (start, stop) in enumerate(seen, start=2):
                     place = place.narrow(axis, start, stop - start)
                 place += dv.view(place.shape)
-            grad_w = _gather(
-                spec, weights, box, seen, grad_w, _weights_grad(spec, weights, box, seen, mask, W, dW.to(wide))
-            )
+            grad_w = _gather(spec, weights, box, seen, grad_w, _weights_grad(spec, weights, box, seen, mask, W, dW))
             lo = hi
         assert grad_v is not None
         assert grad_w is not None
