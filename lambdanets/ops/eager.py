@@ -366,10 +366,11 @@ class _Contract(torch.autograd.Function):
                 s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
                 flat = dy.reshape(b, rows * h, v)
                 dboth = torch.bmm(s.transpose(1, 2), flat)  # (b, M or M + k, v)
+                del s  # as large as ds, and ds is about to be copied
                 ds = torch.bmm(flat, both.transpose(1, 2)).view(b, rows, h, both.shape[1])
                 dv = dboth[:, :M]
                 if lam_c is not None:
-                    dlam_c, dq_c = dboth[:, M:], ds[..., M:]
+                    dlam_c, dq_c = dboth[:, M:], ds[..., M:].clone()  # a view would keep all of ds
                     ds = ds[..., :M]
                 ds = ds if shown is None else ds * shown
                 if W.dim() == 4:
