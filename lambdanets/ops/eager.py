@@ -235,7 +235,7 @@ def _weights_grad(
         grad = grad.view(*[b - a for a, b in box], *weights.shape[:2], *[b - a for a, b in seen])
         for _ in range(d):  # (block axes left, k, u, offsets done, context axes left)
             grad = _sum_diagonals(grad, d + 2, wide)
-        return grad
+        return grad.to(wide)
     grad = grad.to(wide)
     if spec.source == "embeddings":
         _, m, k, u = weights.shape
@@ -266,7 +266,7 @@ def _sum_diagonals(x: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     """
     c, w = x.shape[0], x.shape[axis]
     if c == 1:
-        return x[0].to(dtype)
+        return x[0]  # nothing to sum: not even converted, which would copy it
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # few launches, few nodes
         # Rows padded to c + w and read again c + w - 1 at a time are each one step further to the right.
         rows = F.pad(x.to(dtype).movedim((0, axis), (-2, -1)), (0, c)).flatten(-2)[..., :-c]

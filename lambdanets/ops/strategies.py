@@ -217,14 +217,14 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 
 
 _LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2))
-# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2), to
-# every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets, not
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2)
+# and (4), to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets, not
 # measured yet.
 _RATES = {
     ("cpu", False, False): _rates((1.5e11, 1e12, 4.5e11, 1e6), (3e10, 2.1e10, 1.8e10, 1e9), 3.4, 2.5e-4),
-    ("cpu", False, True): _rates((2.7e10, 8.1e10, 2e10, 1e6), (6.2e9, 4.2e9, 3e9, 1e9), 2.4, 6.6e-4),
+    ("cpu", False, True): _rates((3.9e10, 5.8e10, 2.1e10, 1e6), (8.8e9, 8.5e9, 6.2e9, 1e9), 3.6, 5.3e-4),
     ("cpu", True, False): _rates((1e12, 1e12, 5.7e11, 1e6), (1.9e10, 1.9e10, 8.3e9, 1e9), 1.9, 2.9e-4),
-    ("cpu", True, True): _rates((7.8e10, 1e12, 8.5e10, 1e6), (4.9e9, 3.5e9, 2e9, 1e9), 3.3, 1e-3),
+    ("cpu", True, True): _rates((1.6e11, 1e12, 1.1e11, 1e6), (7.7e9, 5.9e9, 2e9, 1e9), 2.5, 1e-3),
     ("cuda", False, False): _rates((2e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
     ("cuda", False, True): _rates((7e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
     ("cuda", True, False): _rates((2e14, 5e13, 5e13, 2e14), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
