@@ -5,8 +5,10 @@ intra-depth are one axis M = m·u, because they are always summed together.
 
 A relative table is never indexed: padded or cropped to the offsets that the grid has and flipped, its windows *are*
 the rows of E for a context in reversed order (a Hankel matrix), so one strided copy makes a block of E and one
-strided sum brings its gradient back. Both run a block of queries at a time, on the contexts that the block's window
-reaches, and nothing of size n·m is kept for the backward pass: it makes the block again.
+strided sum brings its gradient back. Blocks that are rows of the grid, or the same part of every row, share one copy:
+along the first axis the next row's block is the same memory, read one step further. All runs a block of queries at a
+time, on the contexts that the block's window reaches, and nothing of size n·m is kept for the backward pass: it makes
+the block again.
 """
 
 import math
@@ -137,13 +139,16 @@ class _Spec(NamedTuple):
 
 
 def _blocks(grid: tuple[int, ...], queries: int) -> list[Box]:
-    """Cut a grid into boxes of at most `queries` points that are contiguous in row-major order."""
+    """Cut a grid into boxes of at most `queries` points, each contiguous in row-major order.
+
+    Parts of rows come part by part, not row by row: what `_weights` keeps is for one part.
+    """
     if math.prod(grid) <= queries:
         return [tuple((0, s) for s in grid)]
     head, tail = grid[0], grid[1:]
     row = math.prod(tail)
     if row > queries:
-        return [((i, i + 1), *box) for i in range(head) for box in _blocks(tail, queries)]
+        return [((i, i + 1), *box) for box in _blocks(tail, queries) for i in range(head)]
     step = max(1, queries // row)
     whole = tuple((0, s) for s in tail)
     return [((i, min(head, i + step)), *whole) for i in range(0, head, step)]
@@ -205,13 +210,68 @@ def _cut(x: Tensor, spec: _Spec, seen: Box, axis: int) -> Tensor:
     return x.flatten(axis, axis + len(seen))
 
 
+def _places(spec: _Spec) -> list[tuple[int, int]]:
+    """(start, stop) of each block among the queries."""
+    found = []
+    for box in spec.blocks:
+        start, size = 0, 1
+        for at, (first, _) in enumerate(box):
+            start = start * spec.grid[at] + first if spec.grid else first
+        for first, last in box:
+            size *= last - first
+        found.append((start, start + size))
+    return found
+
+
+def _joined(parts: list[tuple[int, Tensor]]) -> Tensor:
+    """Blocks by their start -> all queries, axis 1."""
+    return parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], 1)
+
+
+def _windows(weights: Tensor, box: Box, seen: Box, axes: range) -> Tensor:
+    """(k, u, offsets...) -> (k, u, offsets or block..., context...): the windows along those of the grid's axes."""
+    for axis in axes:
+        (start, stop), (first, last) = box[axis], seen[axis]
+        size = last - first
+        weights = weights.narrow(axis + 2, start + first, stop - start - 1 + size).unfold(axis + 2, size, 1)
+    return weights
+
+
+class _Blocks:
+    """The blocks of E. `weights`, padded and flipped, is what they are cut from."""
+
+    def __init__(self, spec: _Spec, weights: Tensor, mask: Tensor | None) -> None:
+        self.spec, self.weights, self.mask = spec, weights, mask
+        self.part: tuple[Box, Box] | None = None
+        self.shared = spec.source == "table" and len(spec.grid) > 1 and len(spec.blocks) > 1
+        self.shared = self.shared and all(box[0][1] - box[0][0] == 1 for box in spec.blocks)
+        if self.shared:  # offsets along the first axis that any block reaches
+            ends = [
+                (box[0][0] + seen[0][0], box[0][0] + seen[0][1])
+                for box, seen in zip(spec.blocks, spec.seen, strict=True)
+            ]
+            self.first = min(start for start, _ in ends)
+            self.reach = max(stop for _, stop in ends) - self.first
+
+    def block(self, box: Box, seen: Box) -> Tensor:
+        """One block of E, (block, k, M), or of normalised keys, (b, block, k, M)."""
+        if not self.shared:
+            return _weights(self.spec, self.weights, box, seen, self.mask)
+        d, (row, _), (first, last) = len(box), box[0], seen[0]
+        if self.part != (box[1:], seen[1:]):
+            self.part = box[1:], seen[1:]
+            used = self.weights.narrow(2, self.first, self.reach)
+            cut = _windows(used, box, seen, range(1, d))  # (k, u, offsets, block..., context...)
+            self.rows = cut.permute(*range(3, d + 2), 0, 1, 2, *range(d + 2, 2 * d + 1)).contiguous()
+        k, u = self.weights.shape[:2]
+        here = self.rows.narrow(d + 1, row + first - self.first, last - first)  # (block..., k, u, context...)
+        return here.reshape(-1, k, u * math.prod([b - a for a, b in seen]))  # a view, if u = 1
+
+
 def _weights(spec: _Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | None) -> Tensor:
-    """One block of E, (block, k, M), or of normalised keys, (b, block, k, M)."""
     if spec.source == "table":
         d = len(box)
-        for axis, ((start, stop), (first, last)) in enumerate(zip(box, seen, strict=True), start=2):
-            size = last - first
-            weights = weights.narrow(axis, start + first, stop - start - 1 + size).unfold(axis, size, 1)
+        weights = _windows(weights, box, seen, range(d))
         k, u = weights.shape[:2]
         # (k, u, block..., context...) -> (block, k, u·m)
         weights = weights.permute(*range(2, d + 2), 0, 1, *range(d + 2, 2 * d + 2))
@@ -324,12 +384,11 @@ class _Contract(torch.autograd.Function):
     ) -> Tensor:
         b, _, h, _ = q.shape
         v = values.shape[2]
-        outputs, lo = [], 0
-        for box, seen in zip(spec.blocks, spec.seen, strict=True):
-            hi = lo + math.prod([stop - start for start, stop in box])
+        rows, outputs = _Blocks(spec, weights, mask), []
+        for (lo, hi), box, seen in zip(_places(spec), spec.blocks, spec.seen, strict=True):
             part, V = q[:, lo:hi], _cut(values, spec, seen, 1)
             M = V.shape[1]
-            W = _weights(spec, weights, box, seen, mask)
+            W = rows.block(box, seen)
             shown = _block_mask(spec, mask, lo, hi, seen, M, q.dtype)
             if spec.order == "scores":
                 y = torch.bmm(*_with_content(_to_scores(part, W, shown), V, part, lam_c)).view(b, hi - lo, h, v)
@@ -337,9 +396,8 @@ class _Contract(torch.autograd.Function):
                 W = W if shown is None else W * shown[0]
                 y = torch.einsum("bnhk,nkbv->bnhv", part, _lambdas(W, V))
                 y = y if lam_c is None else y + torch.einsum("bnhk,bkv->bnhv", part, lam_c)
-            outputs.append(y)
-            lo = hi
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+            outputs.append((lo, y))
+        return _joined(outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -354,13 +412,13 @@ class _Contract(torch.autograd.Function):
         v = values.shape[2]
         # Gradients that are sums over blocks are summed in float32 or better.
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grads_q, grad_v, grad_w, grad_c, lo = [], None, None, None, 0
-        for box, seen in zip(spec.blocks, spec.seen, strict=True):
-            hi = lo + math.prod([stop - start for start, stop in box])
+        grads_q, grad_v, grad_w, grad_c = [], None, None, None
+        expanded = _Blocks(spec, weights, mask)
+        for (lo, hi), box, seen in zip(_places(spec), spec.blocks, spec.seen, strict=True):
             rows = hi - lo
             part, dy, V = q[:, lo:hi], grad[:, lo:hi], _cut(values, spec, seen, 1)
             M = V.shape[1]
-            W = _weights(spec, weights, box, seen, mask)
+            W = expanded.block(box, seen)
             shown = _block_mask(spec, mask, lo, hi, seen, M, q.dtype)
             if spec.order == "scores":
                 s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
@@ -393,7 +451,7 @@ class _Contract(torch.autograd.Function):
             if lam_c is not None:
                 dq = dq + dq_c
                 grad_c = dlam_c.to(wide) if grad_c is None else grad_c + dlam_c
-            grads_q.append(dq)
+            grads_q.append((lo, dq))
             if values.shape[1] == M:
                 grad_v = dv.to(wide) if grad_v is None else grad_v + dv
             else:
@@ -403,11 +461,10 @@ class _Contract(torch.autograd.Function):
                     place = place.narrow(axis, start, stop - start)
                 place += dv.view(place.shape)
             grad_w = _gather(spec, weights, box, seen, grad_w, _weights_grad(spec, weights, box, seen, mask, W, dW))
-            lo = hi
         assert grad_v is not None
         assert grad_w is not None
         grad_c = None if grad_c is None else grad_c.to(values.dtype)
-        return torch.cat(grads_q, 1), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, grad_c, None
+        return _joined(grads_q), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, grad_c, None
 
 
 def _with_content(s: Tensor, V: Tensor, q: Tensor, lam_c: Tensor | None) -> tuple[Tensor, Tensor]:

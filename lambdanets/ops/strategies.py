@@ -130,20 +130,37 @@ def _reached(p: Problem, block: int) -> int:
     return min(side, seen) * (p.m // side)
 
 
+def _by_rows(p: Problem, block: int) -> bool:
+    """Whether the blocks are rows of the grid or parts of rows, which share one copy of their E (eager._Blocks)."""
+    return p.table is not None and p.grid is not None and len(p.grid) > 1 and block <= p.n // p.grid[0] < p.n
+
+
+def _expanded(p: Problem, block: int) -> tuple[int, int]:
+    """Numbers of E a query: moved, and held at once."""
+    whole = _reached(p, block) * p.k * p.u
+    if not _by_rows(p, block):
+        return whole, whole
+    assert p.table is not None
+    assert p.grid is not None
+    assert p.context_grid is not None
+    held = min(p.table[0], p.grid[0] + p.context_grid[0] - 1) * (p.m // p.context_grid[0]) * p.k * p.u
+    return whole if p.training else held // p.grid[0], held  # the gradient of E has a copy a block
+
+
 def _cost_lambdas(p: Problem, block: int) -> tuple[int, int, int]:
     m = _reached(p, block)
     macs = p.b * p.n * m * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
-    expanded, lam = m * p.k * p.u, p.b * p.k * p.v  # a query
+    (expanded, held), lam = _expanded(p, block), p.b * p.k * p.v  # a query
     moved = 2 * p.n * (expanded + 2 * lam) + _ends(p)
-    return macs, moved * _itemsize(p), max(expanded, lam) * block * _itemsize(p)
+    return macs, moved * _itemsize(p), max(held, lam) * block * _itemsize(p)
 
 
 def _cost_scores(p: Problem, block: int) -> tuple[int, int, int]:
     m = _reached(p, block)
     macs = p.b * p.h * p.n * m * p.u * (p.k + p.v)
-    expanded, s = m * p.k * p.u, p.b * p.h * m * p.u
+    (expanded, held), s = _expanded(p, block), p.b * p.h * m * p.u
     moved = 2 * p.n * (expanded + 2 * s) + _ends(p)
-    return macs, moved * _itemsize(p), max(expanded, s) * block * _itemsize(p)
+    return macs, moved * _itemsize(p), max(held, s) * block * _itemsize(p)
 
 
 def _cost_conv(p: Problem, block: int) -> tuple[int, int, int]:
@@ -217,9 +234,9 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 
 
 _LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2))
-# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2)
-# and (4), to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets, not
-# measured yet.
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2) and
+# (4), to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets,
+# not measured yet.
 _RATES = {
     ("cpu", False, False): _rates((1.5e11, 1e12, 4.5e11, 1e6), (3e10, 2.1e10, 1.8e10, 1e9), 3.4, 2.5e-4),
     ("cpu", False, True): _rates((3.9e10, 5.8e10, 2.1e10, 1e6), (8.8e9, 8.5e9, 6.2e9, 1e9), 3.6, 5.3e-4),
@@ -289,6 +306,8 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     if row.chunked:
         budget = BLOCK_BYTES[device] if limit is None else min(limit, BLOCK_BYTES[device])
         block = max(1, min(block, budget // max(1, row.cost(p, p.n)[2] // max(1, p.n))))
+        if limit is not None and row.cost(p, block)[2] > limit:  # rows hold more than their own E
+            block = max(1, limit // max(1, row.cost(p, 1)[2]))
     macs, moved, largest = row.cost(p, block)
     if why_not is None and limit is not None and largest > limit:
         why_not = f"its largest intermediate needs {largest:,} bytes, over the limit of {limit:,}"
