@@ -1,11 +1,16 @@
 """The command line as a new user meets it: fast answers, one message an error, documented exit codes."""
 
 import dataclasses
+import io
 import json
 import os
+import random
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +175,51 @@ def test_predict_json_is_a_line_an_image_errors_included(run, images, tmp_path, 
     assert "is no JPEG" in lines[1]["error"]
     assert "is a folder" in lines[2]["error"]
     assert "does not exist" in lines[3]["error"]
+
+
+def bad_files(root, count):
+    """So many paths that are no images, of ten kinds."""
+    whole = io.BytesIO()
+    Image.new("RGB", (64, 48), (9, 99, 200)).save(whole, "JPEG")
+    png = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(png, "PNG")
+    huge = bytearray(png.getvalue())
+    huge[16:24] = struct.pack(">II", 12_000, 9_000)  # 108 Mpx, in the header alone
+    huge[29:33] = struct.pack(">I", zlib.crc32(bytes(huge[12:29])))
+    kinds = [
+        b"", b"<html>404</html>", whole.getvalue()[:200], png.getvalue()[:30], random.Random(0).randbytes(5_000),
+        bytes(huge), b"\xff\xd8\xff\xe0" + b"\0" * 20, b"GIF89a\1", None, "folder",
+    ]  # fmt: skip
+    found = []
+    for i in range(count):
+        path = root / f"{i:04d}.jpg"
+        content = kinds[i % len(kinds)]
+        if content == "folder":
+            path.mkdir()
+        elif content is not None:
+            path.write_bytes(content)
+        found.append(str(path))
+    return found
+
+
+def resident_mb():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+def test_R96_a_thousand_bad_files_are_a_line_each_and_cost_no_memory(run, images, tmp_path, capsys):
+    good = str(images / "val" / "red" / "0.jpg")
+    asked = [*bad_files(tmp_path, 1_000), good]
+    assert main(["predict", str(run), *asked[:50], "--json"]) == 1  # what is imported and opened once
+    capsys.readouterr()
+    before = resident_mb()
+    assert main(["predict", str(run), *asked, "--json"]) == 1
+    grown = resident_mb() - before
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == asked
+    assert [line["image"] for line in lines if "error" not in line] == [good]
+    assert all("\n" not in line["error"] for line in lines[:-1])
+    assert grown <= 50, f"{grown:.0f} MB"
 
 
 def test_predict_tells_a_bad_image_in_one_line_and_does_the_others(run, images, tmp_path, capsys):

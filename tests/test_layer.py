@@ -171,7 +171,7 @@ def test_trap_7_a_whole_model_takes_channels_last() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_trap_8_a_padded_batch_of_unequal_images_equals_the_images_alone(stride: int) -> None:
+def test_trap_8_R31_a_padded_batch_of_unequal_images_equals_the_images_alone(stride: int) -> None:
     layer = LambdaLayer(16, heads=2, key_depth=4, scope=7, stride=stride).eval()
     sizes = [(9, 6), (5, 11), (1, 1)]
     images = [torch.randn(16, *s) for s in sizes]
@@ -187,7 +187,7 @@ def test_trap_8_a_padded_batch_of_unequal_images_equals_the_images_alone(stride:
     assert not torch.allclose(layer(batch)[0, :, :5, :5], together[0, :, :5, :5], atol=1e-3)
 
 
-def test_trap_9_pooling_does_not_count_the_padding_unless_asked() -> None:
+def test_trap_9_R32_pooling_does_not_count_the_padding_unless_asked() -> None:
     x = torch.randn(1, 8, 6, 6)
     layer = LambdaLayer(8, heads=2, key_depth=4, scope=3, stride=2).eval()
     full = LambdaLayer(8, heads=2, key_depth=4, scope=3).eval()
@@ -198,7 +198,7 @@ def test_trap_9_pooling_does_not_count_the_padding_unless_asked() -> None:
     torch.testing.assert_close(counting(x)[0, :, 0, 0], layer(x)[0, :, 0, 0] * 4 / 9)
 
 
-def test_trap_10_no_more_non_finite_gradients_in_fp16_at_a_large_loss_scale_than_a_convolution() -> None:
+def test_trap_10_R22_no_more_non_finite_gradients_in_fp16_at_a_large_loss_scale_than_a_convolution() -> None:
     x = torch.randn(4, 64, 14, 14).half()
 
     def non_finite(middle: nn.Module) -> int:

@@ -182,7 +182,7 @@ def cases(draw) -> Case:
 
 @settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), strategy=st.sampled_from(["auto", *HERE]), limit=st.sampled_from([None, 500, 5_000]))
-def test_1000_random_problems_are_right_or_refused_with_a_reason(case: Case, strategy: str, limit: int | None) -> None:
+def test_R25_1000_random_problems_are_right_or_refused_with_a_reason(case: Case, strategy: str, limit: int | None) -> None:
     t, mask = case.tensors(), case.mask_tensor()
     try:
         got, grads, dy = forward_and_gradients(lambda t: case.run(t, mask, strategy, limit), t)
@@ -224,7 +224,7 @@ def plain_einsum(t: dict[str, Tensor | None], grid: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("strategy", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rounding_is_within_3x_rms_and_5x_max_of_the_plain_einsum_in_the_same_dtype(dtype, strategy: str) -> None:
+def test_R23_rounding_is_within_3x_rms_and_5x_max_of_the_plain_einsum_in_the_same_dtype(dtype, strategy: str) -> None:
     case = Case((9, 7), (11, 5), h=4, k=16, v=12, u=2)
     low = {n: None if t is None else t.to(dtype) for n, t in case.tensors().items()}
     exact = case.reference({n: None if t is None else t.double() for n, t in low.items()}, None)
@@ -236,7 +236,7 @@ def test_rounding_is_within_3x_rms_and_5x_max_of_the_plain_einsum_in_the_same_dt
 
 
 @pytest.mark.parametrize("strategy", HERE)
-def test_float16_at_64x_the_usual_scale_is_finite_wherever_the_float64_result_fits(strategy: str) -> None:
+def test_R22_float16_at_64x_the_usual_scale_is_finite_wherever_the_float64_result_fits(strategy: str) -> None:
     case = Case((14, 14), (27, 27), b=1, h=4, k=16, v=16)
     t = case.tensors()
     t["q"] *= (16 * 64) ** -0.5  # their usual scale (k·d)^-1/2
@@ -278,7 +278,7 @@ def test_autocast_gives_its_dtype_and_float32_gradients() -> None:
 
 
 @pytest.mark.parametrize("strategy", HERE)
-def test_a_fully_masked_context_gives_zeros_and_finite_gradients(strategy: str) -> None:
+def test_R29_a_fully_masked_context_gives_zeros_and_finite_gradients(strategy: str) -> None:
     for case in (Case((4, 3), (3, 3)), Case((4, 3), (3, 3), key_norm="l2"), Case((12,), (3,), causal=True)):
         for mask in (torch.zeros(case.b, 1, 12, dtype=torch.bool), torch.zeros(12, 12, dtype=torch.bool)):
             if strategy == "conv" and mask.dim() == 2:
@@ -290,7 +290,7 @@ def test_a_fully_masked_context_gives_zeros_and_finite_gradients(strategy: str) 
 
 @pytest.mark.parametrize("strategy", HERE)
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_zero_padded_batch_of_unequal_lengths_equals_each_alone(strategy: str, causal: bool) -> None:
+def test_R31_a_zero_padded_batch_of_unequal_lengths_equals_each_alone(strategy: str, causal: bool) -> None:
     lengths, n = (9, 17, 1), 17
     full = Case((n,), (7,), b=3, causal=causal)
     t = full.tensors(torch.float32)
@@ -595,7 +595,7 @@ def test_every_argument_changes_the_result() -> None:
 
 
 @pytest.mark.parametrize("strategy", HERE)
-def test_250_runs_give_the_same_bits(strategy: str) -> None:
+def test_R26_250_runs_give_the_same_bits(strategy: str) -> None:
     case = Case((5, 4), (3, 5))
     t = case.tensors(torch.float32)
     first, grads, dy = forward_and_gradients(lambda t: case.run(t, None, strategy), t)

@@ -121,8 +121,8 @@ def test_the_plan_prints_every_stage_and_every_strategy_and_models_print_every_n
 
 
 @pytest.mark.parametrize("name", ["lambda_resnet50", "resnet50_llcl", "lambda_resnet_tiny"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 65), (63, 95), (64, 160)], ids=str)
-def test_any_image_size_height_unlike_width(name: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(33, 17), (32, 32), (33, 65), (63, 95), (64, 160)], ids=str)
+def test_R27_any_image_size_height_unlike_width(name: str, size: tuple[int, int]) -> None:
     model = create_model(name, num_classes=7).eval()
     with torch.no_grad():
         out = model(torch.randn(2, 3, *size))
@@ -212,13 +212,35 @@ def test_channels_last_and_bfloat16_agree_with_float32() -> None:
     assert (low - want).norm() < 0.05 * want.norm()
 
 
-def test_exports_with_any_batch() -> None:
-    model = create_model("lambda_resnet_tiny", num_classes=5).eval()
+SIZES = [
+    (32, 32), (33, 65), (17, 40), (64, 64), (63, 95), (96, 32), (100, 100), (127, 129), (128, 64), (224, 224),
+    (40, 17), (65, 33), (48, 48), (50, 70), (80, 80), (95, 63), (112, 160), (144, 144), (31, 200), (160, 96),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["lambda_resnet_tiny", pytest.param("resnet50_ccll", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [*SIZES[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in SIZES[2:])], ids=str)
+def test_R95_eager_export_and_onnx_runtime_agree_for_any_batch(name: str, size: tuple[int, int], tmp_path) -> None:
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10).eval()
+    for p in model.parameters():
+        if p.dim() == 1:  # the last norm of a block starts at 0, and would hide the block
+            torch.nn.init.uniform_(p, 0.5, 1.0)
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
-    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes).module()
+    exported = torch.export.export(model, (torch.randn(2, 3, *size),), dynamic_shapes=shapes)
+    torch.onnx.export(exported, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for b in (1, 7):
-        x = torch.randn(b, 3, 32, 32)
-        torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-5)
+        x = torch.randn(b, 3, *size)
+        with torch.no_grad():
+            want = model(x)
+            found = exported.module()(x), torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        for got in found:
+            assert (got - want).norm() <= 1e-5 * want.norm()
+            assert torch.equal(got.topk(5).indices, want.topk(5).indices)
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
