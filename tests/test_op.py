@@ -182,7 +182,9 @@ def cases(draw) -> Case:
 
 @settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), strategy=st.sampled_from(["auto", *HERE]), limit=st.sampled_from([None, 500, 5_000]))
-def test_R25_1000_random_problems_are_right_or_refused_with_a_reason(case: Case, strategy: str, limit: int | None) -> None:
+def test_R25_1000_random_problems_are_right_or_refused_with_a_reason(
+    case: Case, strategy: str, limit: int | None
+) -> None:
     t, mask = case.tensors(), case.mask_tensor()
     try:
         got, grads, dy = forward_and_gradients(lambda t: case.run(t, mask, strategy, limit), t)

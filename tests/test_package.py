@@ -144,6 +144,23 @@ def test_every_dependency_and_extra_has_its_reason_in_the_readme() -> None:
         assert re.search(rf"^\| .*`{name}`.* \|", README, flags=re.MULTILINE | re.IGNORECASE), name
 
 
+def test_R97_what_is_installed_is_pinned_and_older_versions_with_known_holes_are_refused() -> None:
+    import tomllib
+
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [d for group in project["optional-dependencies"].values() for d in group]
+    floors = dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups() for requirement in wanted)
+    assert numbers(floors["torch"]) >= (2, 10)  # CVE-2026-24747
+    assert numbers(floors["pillow"]) >= (12, 3)
+    lines = (ROOT / "constraints.txt").read_text().split()
+    pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
+    for name, floor in floors.items():
+        assert numbers(pins[name]) >= numbers(floor), name
+
+
 def test_every_quoted_result_file_exists() -> None:
     for path in re.findall(r"benchmarks/results/[\w.-]+\.json", README):
         assert (ROOT / path).is_file(), path
