@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from . import eager
+from . import content, eager
 from .strategies import BLOCK_BYTES, STRATEGIES, Cost, Problem, choose
 from .tune import tuned
 
@@ -117,9 +117,9 @@ def _evaluate(
         elif p.causal:
             if padding is not None and key_norm == "softmax":  # the values are zero there: no weight can matter
                 keys = torch.where(padding[:, 0, :, None, None], keys, torch.finfo(keys.dtype).min)
-            y = eager.content_causal(q, keys, values, key_norm)
+            y = content.content_causal(q, keys, values, key_norm)
         else:
-            lam_c = eager.content_lambda(keys, values, key_norm, padding)
+            lam_c = content.content_lambda(keys, values, key_norm, padding)
     if table is not None or embeddings is not None:
         if p.causal and table is not None:
             future = torch.arange(table.shape[0], device=table.device) > table.shape[0] // 2
