@@ -159,6 +159,9 @@ def test_R97_what_is_installed_is_pinned_and_older_versions_with_known_holes_are
     pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
     for name, floor in floors.items():
         assert numbers(pins[name]) >= numbers(floor), name
+    lock = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = dict(re.fullmatch(r"([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lock)
+    assert {name.lower().replace("_", "-"): version for name, version in locked.items()} == pins
 
 
 def test_every_quoted_result_file_exists() -> None:
