@@ -34,6 +34,8 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.op import machine
+
 CLASSES = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 50, 40)}
 TRAIN_IMAGES, BAD_IMAGES, VAL_IMAGES = 4_000, 2, 60
 BATCH_IMAGES, SAVE_STEPS = 64, 5
@@ -249,6 +251,7 @@ def main() -> int:
     found = disturbed_run(root / "data", root / "disturbed", epochs, root, given.every_s, limit_s, given.seed)
     wanted, got = outcome(root / "undisturbed"), outcome(root / "disturbed")
     result = {
+        "machine": machine("cpu"),
         "epochs": epochs,
         "steps": epochs * batches,
         "undisturbed_s": round(clean_s, 1),

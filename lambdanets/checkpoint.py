@@ -14,6 +14,7 @@ A file is written beside its place, synchronised and renamed: a reader sees the 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -39,6 +40,12 @@ WEIGHTS = "weights.safetensors"
 RUN_JSON = "run.json"
 CURVES = "curves.png"
 BAD_SAMPLES = "bad_samples.jsonl"
+
+
+def need(module: str, extra: str, why: str) -> None:
+    """Raises BadRun, with the command that installs it, where an optional module is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise BadRun(f"{module} is not installed ({why}): pip install 'lambdanets[{extra}]'")
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from lambdanets.checkpoint import BadRun, write_atomically
+from lambdanets.checkpoint import need, write_atomically
 
 LOG = "log.jsonl"
 
@@ -26,7 +25,7 @@ class Log:
             write_atomically(path, b"".join(_before(path, first_step)))
         self._board: Any = None
         if tensorboard:
-            check_tensorboard()
+            need("tensorboard", "tensorboard", "--tensorboard asks for it")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
@@ -46,12 +45,6 @@ class Log:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def check_tensorboard() -> None:
-    """Raises BadRun where it is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise BadRun("--tensorboard: it is not installed: pip install 'lambdanets[tensorboard]'")
 
 
 def _before(path: Path, step: int) -> list[bytes]:

@@ -21,6 +21,7 @@ from lambdanets.checkpoint import (
     BadRun,
     Run,
     choose_folder,
+    need,
     next_numbered,
     open_run,
     write_atomically,
@@ -33,7 +34,7 @@ from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
 from lambdanets.report import confusion_png
 from lambdanets.shards import is_shards
-from lambdanets.start import need, read_record
+from lambdanets.start import read_record
 
 EVALUATION_JSON = "evaluation.json"
 CONFUSION = "confusion.png"

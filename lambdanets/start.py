@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ import torch
 
 from lambdanets import data as images_on_disk
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, versions, write_json
+from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, need, versions, write_json
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
 from lambdanets.learner import create, train_mode
-from lambdanets.log import check_tensorboard
 from lambdanets.recipes import BadRecipe, Options, Recipe
 
 _DIGITS = "scikit-learn digits"
@@ -215,20 +213,12 @@ def choose_device(device: str, ranks: Ranks | None = None) -> torch.device:
     return torch.device(device)
 
 
-def need(module: str, extra: str, why: str) -> None:
-    """Raises BadRun, with the command that installs it, where an optional module is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise BadRun(f"{module} is not installed ({why}): pip install 'lambdanets[{extra}]'")
-
-
 def _check_extras(*, digits: bool, tensorboard: bool) -> None:
-    needed = [("matplotlib", "plots", "curves.png is drawn with it")]
+    need("matplotlib", "plots", "curves.png is drawn with it")
     if digits:
-        needed.append(("sklearn", "digits", "the digits come with scikit-learn"))
-    for module, extra, why in needed:
-        need(module, extra, why)
+        need("sklearn", "digits", "the digits come with scikit-learn")
     if tensorboard:
-        check_tensorboard()
+        need("tensorboard", "tensorboard", "--tensorboard asks for it")
 
 
 def _read_data(data: str | Path | None) -> tuple[Images, Images, str, dict[str, Any]]:

@@ -51,8 +51,9 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
     """
     b, m, _, u = keys.shape
     folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
-    blocks = _blocks((q.shape[1],), block)
-    spec = _Spec("keys", "scores", blocks, (), (), [()] * len(blocks), key_norm)
+    grid = (q.shape[1],)
+    blocks = _blocks(grid, block)
+    spec = _Spec("keys", "scores", blocks, grid, (), [()] * len(blocks), key_norm)
     return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), None, spec)
 
 
@@ -67,9 +68,9 @@ class _Spec(NamedTuple):
 
     source: str  # where the weights come from: "table", "embeddings" or "keys"
     order: str  # "lambdas" or "scores"
-    blocks: list[Box]  # of the query grid, in row-major order
-    grid: tuple[int, ...]
-    context_grid: tuple[int, ...]
+    blocks: list[Box]  # of the query grid, see `_blocks`
+    grid: tuple[int, ...]  # (n,) where positions are not a grid
+    context_grid: tuple[int, ...]  # of a table
     seen: list[Box]  # the contexts that each block reaches in a table, counted in reversed order
     key_norm: str
 
@@ -77,7 +78,7 @@ class _Spec(NamedTuple):
 def _blocks(grid: tuple[int, ...], queries: int) -> list[Box]:
     """Cut a grid into boxes of at most `queries` points, each contiguous in row-major order.
 
-    Parts of rows come part by part, not row by row: what `_weights` keeps is for one part.
+    Parts of rows come part by part, not row by row: what `_Blocks` keeps is for one part.
     """
     if math.prod(grid) <= queries:
         return [tuple((0, s) for s in grid)]
@@ -97,8 +98,9 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         assert p.embeddings is not None
         weights = p.embeddings
         values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
-        blocks = _blocks((p.q.shape[1],), block)
-        spec = _Spec("embeddings", order, blocks, (), (), [()] * len(blocks), "")
+        grid = (p.q.shape[1],)
+        blocks = _blocks(grid, block)
+        spec = _Spec("embeddings", order, blocks, grid, (), [()] * len(blocks), "")
     else:
         d = len(p.grid)
         weights = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
@@ -150,12 +152,10 @@ def _places(spec: _Spec) -> list[tuple[int, int]]:
     """(start, stop) of each block among the queries."""
     found = []
     for box in spec.blocks:
-        start, size = 0, 1
-        for at, (first, _) in enumerate(box):
-            start = start * spec.grid[at] + first if spec.grid else first
-        for first, last in box:
-            size *= last - first
-        found.append((start, start + size))
+        start = 0
+        for (first, _), side in zip(box, spec.grid, strict=True):
+            start = start * side + first
+        found.append((start, start + math.prod([last - first for first, last in box])))
     return found
 
 
@@ -179,15 +179,12 @@ class _Blocks:
     def __init__(self, spec: _Spec, weights: Tensor, mask: Tensor | None) -> None:
         self.spec, self.weights, self.mask = spec, weights, mask
         self.part: tuple[Box, Box] | None = None
-        self.shared = spec.source == "table" and len(spec.grid) > 1 and len(spec.blocks) > 1
-        self.shared = self.shared and all(box[0][1] - box[0][0] == 1 for box in spec.blocks)
+        several_rows = spec.source == "table" and len(spec.grid) > 1 and len(spec.blocks) > 1
+        self.shared = several_rows and all(box[0][1] - box[0][0] == 1 for box in spec.blocks)
         if self.shared:  # offsets along the first axis that any block reaches
-            ends = [
-                (box[0][0] + seen[0][0], box[0][0] + seen[0][1])
-                for box, seen in zip(spec.blocks, spec.seen, strict=True)
-            ]
-            self.first = min(start for start, _ in ends)
-            self.reach = max(stop for _, stop in ends) - self.first
+            of_row = [(box[0][0], seen[0]) for box, seen in zip(spec.blocks, spec.seen, strict=True)]
+            self.first = min(row + start for row, (start, _) in of_row)
+            self.reach = max(row + stop for row, (_, stop) in of_row) - self.first
 
     def block(self, box: Box, seen: Box) -> Tensor:
         """One block of E, (block, k, M), or of normalised keys, (b, block, k, M)."""
@@ -205,6 +202,7 @@ class _Blocks:
 
 
 def _weights(spec: _Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | None) -> Tensor:
+    """A block that shares nothing, in memory of its own."""
     if spec.source == "table":
         d = len(box)
         weights = _windows(weights, box, seen, range(d))
