@@ -1,13 +1,18 @@
 """λ as a convolution of V with the table as kernel: the order for small windows on large maps (paper, appendix B.1).
 
 The values' channels are folded into the batch, so the convolution has one input channel (u of them) and k outputs.
-Libraries vectorise over channels: forward, k = 16 outputs are what they like, but the two gradients have one channel
-where they want sixteen, and ran at 1/13 of the forward's speed. Here both are forward-like convolutions:
+λ is the largest thing: so many examples at a time that theirs stays in the cache and in memory that was used before.
+It is not kept for the backward pass, which makes it again.
+
+On a CPU λ has its k side by side (channels_last): there q·λ is one small product a position, and the gradients read it
+as the library's matrix routines like it. Only float32 forward does not: the library is faster with planes, and there
+q·λ is taken one key at a time, so that λ is never moved. Libraries vectorise over channels, of which the two gradients
+have one where they want sixteen (1/13 of the forward's speed). Here both are forward-like convolutions:
 
 dV      a tile of 4 x 4 pixels makes 16 output channels of a convolution of stride 4; the kernel is the table, shifted
         16 ways
-dR      small tables: the library's. Small maps: a convolution whose kernel is dλ and whose channels are the (b·v)
-        images. Large maps: V shifted 4 x 4 ways makes 16 input channels, with a kernel a quarter the table's side
+dR      small tables: the library's. 16-bit numbers: a convolution whose kernel is dλ and whose channels are the (b·v)
+        images. float32: V shifted 2 x 8 ways makes 16 input channels, the kernel is as much smaller
 """
 
 from typing import Any
@@ -16,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import Position, content_grad
+from .eager import Position
 
+BLOCK_BYTES = 8 << 20  # of λ at a time, one example at least: more leaves the cache, and malloc gives it back each time
 _TILE = 4  # pixels a side: 16 channels, a vector of float32
-_OWN_GRADIENT_SIDE = 20  # smaller maps fit tiles badly
+_SHIFTS = 2, 8  # down, across: 16 channels as well
+_TILED_SIDE = 20  # smaller maps fit tiles badly
 _SMALL_TABLE = 121  # offsets up to which the library's weight gradient is the faster one
-_SMALL_MAP = 1024  # positions up to which dλ can be a kernel
+_SMALL_MAP = 112 * 112  # positions up to which dλ was tried as a kernel
 
 
 def conv(p: Position, block: int) -> Tensor:
@@ -32,38 +39,142 @@ def conv(p: Position, block: int) -> Tensor:
     kernel = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
     # Offsets that no pair of positions has would only multiply padding.
     cut = [max(0, (r - 1) // 2 - (s - 1)) for r, s in zip(kernel.shape[2:], p.grid, strict=True)]
-    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)])
+    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)]).contiguous()
+    if d == 2 and p.q.device.type == "cpu" and b > 0:
+        return _Convolution.apply(p.q, p.values, kernel, p.lam_c, p.grid)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     image = p.values.permute(0, 2, 3, 1).reshape(b * v, u, *p.grid)
-    if d == 2 and image.device.type == "cpu" and min(p.grid) >= _OWN_GRADIENT_SIDE:
-        lam = _Convolve.apply(image, kernel)
-    else:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
-        lam = convolve(image, kernel, padding=[(r - 1) // 2 for r in kernel.shape[2:]])
-    return _Apply.apply(p.q, lam.reshape(b, v, k, m), p.lam_c)
+    lam = convolve(image, kernel, padding=[(r - 1) // 2 for r in kernel.shape[2:]]).reshape(b, v, k, m)
+    y = torch.einsum("bnhk,bvkn->bnhv", p.q, lam)
+    return y if p.lam_c is None else y + torch.einsum("bnhk,bkv->bnhv", p.q, p.lam_c)
 
 
-class _Convolve(torch.autograd.Function):
-    """conv2d of (images, u, H, W) with (k, u, r_y, r_x), same size, and the gradients above."""
+def examples(b: int, bytes_each: int) -> int:
+    """How many examples' λ to make at a time: as many as fit BLOCK_BYTES, in blocks of nearly the same size."""
+    most = max(1, BLOCK_BYTES // max(1, bytes_each))
+    return -(-b // max(1, -(-b // most)))
 
-    generate_vmap_rule = True
+
+class _Convolution(torch.autograd.Function):
+    """y[b,n,h,v] = Σ_k q[b,n,h,k] (λc[b,k,v] + λ[b,n,k,v]), λ = conv2d(V, kernel (k, u, r_y, r_x)), the same size."""
 
     @staticmethod
-    def forward(image: Tensor, kernel: Tensor) -> Tensor:
-        return F.conv2d(image, kernel, padding=_half(kernel))
+    def forward(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+        b, n, h, _ = q.shape
+        by_key = q.dtype.itemsize >= 4
+        apply = _by_key if by_key else _by_position
+        y, step = q.new_empty(b, h, values.shape[2], n), _step(q, values)
+        for lo in range(0, b, step):
+            block = slice(lo, lo + step)
+            lam = F.conv2d(_image(values[block], grid, not by_key), kernel, padding=_half(kernel))
+            apply(q[block], lam, None if lam_c is None else lam_c[block], y[block])
+        return y.permute(0, 3, 1, 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.grid = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        image, kernel = ctx.saved_tensors
-        grad = grad.contiguous()
-        needs_image, needs_kernel = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, values, kernel, lam_c = ctx.saved_tensors
+        needs_q, needs_values, needs_kernel, needs_content, _ = ctx.needs_input_grad
+        (H, W), (_, n, h, k), (v, u) = ctx.grid, q.shape, values.shape[2:]
+        # A sum over blocks is in float32 or better.
+        exact = q.dtype == torch.float64
+        wide = torch.float64 if exact else torch.float32
+        grads_q, grads_values, grads_content, grad_kernel = [], [], [], None
+        step = _step(q, values)
+        for lo in range(0, len(q), step):
+            block = slice(lo, lo + step)
+            part, dy = q[block].contiguous(), grad[block].contiguous()
+            s = len(part)
+            rows, dy_rows = part.flatten(1, 2), dy.flatten(1, 2)  # (s, n·h, k or v)
+            if needs_q:
+                lam = F.conv2d(_image(values[block], ctx.grid, q.dtype.itemsize < 4), kernel, padding=_half(kernel))
+                lam = lam.permute(0, 2, 3, 1).contiguous().view(s, v, n, k)
+                dq = torch.stack([torch.bmm(dy[i], lam[i].transpose(0, 1)) for i in range(s)])
+                if lam_c is not None:
+                    dq = dq + torch.bmm(dy_rows, lam_c[block].mT).view(s, n, h, k)
+                grads_q.append(dq)
+            if lam_c is not None and needs_content:
+                grads_content.append(torch.bmm(rows.mT, dy_rows))
+            if needs_values or needs_kernel:
+                dlam = torch.bmm(dy.flatten(0, 1).mT, part.flatten(0, 1)).view(s, n, v, k)
+                dlam = dlam.transpose(1, 2).reshape(s * v, H, W, k).permute(0, 3, 1, 2)
+                # PyTorch (2.15) has no second derivative of a float64 convolution with one channel in channels_last.
+                dlam = dlam.contiguous() if exact else dlam
+                if needs_values:
+                    dimage = _image_grad(kernel, dlam)
+                    grads_values.append(dimage.reshape(s, v, u, n).permute(0, 3, 1, 2))
+                if needs_kernel:
+                    image = _image(values[block], ctx.grid, not exact)
+                    dkernel = _kernel_grad(image, kernel, dlam).to(wide)
+                    grad_kernel = dkernel if grad_kernel is None else grad_kernel + dkernel
         return (
-            _image_grad(kernel, grad) if needs_image else None,
-            _kernel_grad(image, kernel, grad) if needs_kernel else None,
+            torch.cat(grads_q) if needs_q else None,
+            torch.cat(grads_values) if needs_values else None,
+            None if grad_kernel is None else grad_kernel.to(kernel.dtype),
+            torch.cat(grads_content) if grads_content else None,
+            None,
         )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """A mapped axis joins the batch; where each has a kernel of its own, one after the other."""
+        size = info.batch_size
+        every = [
+            x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
+            for x, at in zip(inputs, in_dims, strict=True)
+        ]
+        q, values, _, lam_c, grid = every
+        if in_dims[2] is not None:
+            own = [_Convolution.apply(*(x if x is None else x[i] for x in every[:4]), grid) for i in range(size)]
+            return torch.stack(own), 0
+        joined = (x if x is None else x.flatten(0, 1) for x in (q, values))
+        content = None if lam_c is None else lam_c.flatten(0, 1)
+        return _Convolution.apply(*joined, inputs[2], content, grid).unflatten(0, (size, -1)), 0
+
+
+def _step(q: Tensor, values: Tensor) -> int:
+    """Examples at a time; all of them in a graph being compiled, where each block would be code."""
+    b, n, _, k = q.shape
+    return b if torch.compiler.is_compiling() else examples(b, n * k * values.shape[2] * q.dtype.itemsize)
+
+
+def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:
+    """(b, m, v, u) -> (b·v, u, H, W), in the memory format that the convolution shall have."""
+    b, _, v, u = values.shape
+    if not channels_last:
+        return values.permute(0, 2, 3, 1).reshape(b * v, u, *grid)
+    # One channel: only its stride, 1, tells the formats apart.
+    if u == 1:
+        return values[..., 0].mT.reshape(b * v, *grid)[..., None].permute(0, 3, 1, 2)
+    return values.transpose(1, 2).reshape(b * v, *grid, u).permute(0, 3, 1, 2)
+
+
+def _by_key(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
+    """y (b, h, v, n) = q·(λc + λ) one key at a time, λ (b·v, k, H, W) contiguous."""
+    queries = q.permute(0, 2, 3, 1)  # (b, h, k, n)
+    queries = queries if queries.stride(3) == 1 else queries.contiguous()
+    b, _, k, n = queries.shape
+    lam = lam.reshape(b, -1, k, n)
+    if lam_c is None:
+        y.zero_()
+    else:
+        y.copy_(lam_c.transpose(1, 2)[:, None] @ queries)
+    for i in range(k):
+        y.addcmul_(queries[:, :, i, None], lam[:, None, :, i])  # (b, h, 1, n), (b, 1, v, n)
+
+
+def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
+    """y (b, h, v, n) = q·(λc + λ) a position at a time, λ (b·v, k, H, W) in channels_last. Sums are in float32."""
+    b, n, h, k = q.shape
+    q, lam = q.contiguous(), lam.permute(0, 2, 3, 1).reshape(b, -1, n, k).permute(0, 2, 3, 1)  # (b, n, k, v)
+    content = None if lam_c is None else torch.bmm(q.flatten(1, 2), lam_c).view(b, n, h, -1)
+    for i in range(b):
+        part = torch.bmm(q[i], lam[i]) if content is None else torch.baddbmm(content[i], q[i], lam[i])
+        y[i].copy_(part.permute(1, 2, 0))
 
 
 def _half(kernel: Tensor) -> list[int]:
@@ -72,84 +183,37 @@ def _half(kernel: Tensor) -> list[int]:
 
 def _image_grad(kernel: Tensor, grad: Tensor) -> Tensor:
     """grad (images, k, H, W) -> (images, u, H, W), a tile of pixels at a time."""
-    t, (H, W), (half_y, half_x) = _TILE, grad.shape[2:], _half(kernel)
+    t, (H, W), half = _TILE, grad.shape[2:], _half(kernel)
     turned = kernel.flip(2, 3).transpose(0, 1)  # (u, k, r_y, r_x)
+    if min(H, W) < _TILED_SIDE:
+        return F.conv2d(grad, turned, padding=half)
     shifted = [F.pad(turned, (j, t - 1 - j, i, t - 1 - i)) for i in range(t) for j in range(t)]
     rest_y, rest_x = -H % t, -W % t
-    padded = F.pad(grad, (half_x, half_x + rest_x, half_y, half_y + rest_y))
+    padded = F.pad(grad, (half[1], half[1] + rest_x, half[0], half[0] + rest_y))
     tiles = F.conv2d(padded, torch.stack(shifted, 1).flatten(0, 1), stride=t)  # (images, u·t·t, H/t, W/t)
     return F.pixel_shuffle(tiles, t)[:, :, :H, :W]
 
 
 def _kernel_grad(image: Tensor, kernel: Tensor, grad: Tensor) -> Tensor:
     """(images, u, H, W), (images, k, H, W) -> (k, u, r_y, r_x)."""
-    (r_y, r_x), half = kernel.shape[2:], _half(kernel)
-    if r_y * r_x <= _SMALL_TABLE:
-        return _library(grad, image, kernel, 1, half)
-    H, W = grad.shape[2:]
-    if H * W <= _SMALL_MAP:
+    (k, u, r_y, r_x), half, (H, W) = kernel.shape, _half(kernel), grad.shape[2:]
+    if r_y * r_x <= _SMALL_TABLE or min(H, W) < _TILED_SIDE:
+        return _library(grad, image, kernel.new_empty(kernel.shape), [1, 1], half)
+    if grad.dtype.itemsize < 4 and H * W <= _SMALL_MAP:
         return F.conv2d(image.transpose(0, 1), grad.transpose(0, 1), padding=half).transpose(0, 1)
-    t, k, u = _TILE, kernel.shape[0], kernel.shape[1]
-    far_y, far_x = -(-r_y // t), -(-r_x // t)
-    padded = F.pad(image, (half[1], half[1] + far_x * t - r_x, half[0], half[0] + far_y * t - r_y))
-    tall, wide = H + (far_y - 1) * t, W + (far_x - 1) * t
-    shifts = [padded[:, :, i : i + tall, j : j + wide] for i in range(t) for j in range(t)]
-    like = kernel.new_empty(k, t * t * u, far_y, far_x)
-    out = _library(grad, torch.cat(shifts, 1), like, t, [0, 0])
-    out = out.reshape(k, t, t, u, far_y, far_x).permute(0, 3, 4, 1, 5, 2)
-    return out.reshape(k, u, far_y * t, far_x * t)[:, :, :r_y, :r_x]
+    down, across = _SHIFTS
+    far_y, far_x = -(-r_y // down), -(-r_x // across)
+    padded = F.pad(image, (half[1], half[1] + far_x * across - r_x, half[0], half[0] + far_y * down - r_y))
+    tall, wide = H + (far_y - 1) * down, W + (far_x - 1) * across
+    shifts = [padded[:, :, i : i + tall, j : j + wide] for i in range(down) for j in range(across)]
+    like = kernel.new_empty(k, down * across * u, far_y, far_x)
+    out = _library(grad, torch.cat(shifts, 1), like, [down, across], [0, 0])
+    out = out.reshape(k, down, across, u, far_y, far_x).permute(0, 3, 4, 1, 5, 2)
+    return out.reshape(k, u, far_y * down, far_x * across)[:, :, :r_y, :r_x]
 
 
-def _library(grad: Tensor, image: Tensor, kernel: Tensor, dilation: int, padding: list[int]) -> Tensor:
-    """PyTorch's own weight gradient; of `kernel` only the shape is read."""
+def _library(grad: Tensor, image: Tensor, kernel: Tensor, dilation: list[int], padding: list[int]) -> Tensor:
+    """PyTorch's own weight gradient; of `kernel` only the shape is read, and the strides, which must be plain."""
     backward = torch.ops.aten.convolution_backward
     only = [False, True, False]
-    return backward(grad, image, kernel, None, [1, 1], padding, [dilation] * 2, False, [0, 0], 1, only)[1]
-
-
-class _Apply(torch.autograd.Function):
-    """y[b,n,h,v] = Σ_k q[b,n,h,k] (λc[b,k,v] + λ[b,v,k,n]).
-
-    In float32 on a CPU one key at a time: λ stays as the convolution left it, where a product a position would move
-    it. Two-byte numbers would be rounded k times over, and are multiplied position by position.
-    """
-
-    @staticmethod
-    def forward(q: Tensor, lam: Tensor, lam_c: Tensor | None) -> Tensor:
-        if lam.device.type != "cpu" or lam.dtype.itemsize < 4:
-            y = torch.einsum("bnhk,bvkn->bnhv", q, lam)
-            return y if lam_c is None else y + torch.einsum("bnhk,bkv->bnhv", q, lam_c)
-        queries = q.permute(0, 2, 3, 1)  # (b, h, k, n)
-        queries = queries if queries.stride(3) == 1 else queries.contiguous()
-        b, v, k, n = lam.shape
-        y = q.new_zeros(b, q.shape[2], v, n) if lam_c is None else lam_c.transpose(1, 2)[:, None] @ queries
-        for i in range(k):
-            y.addcmul_(queries[:, :, i, None], lam[:, None, :, i])  # (b, h, 1, n), (b, 1, v, n)
-        return y.permute(0, 3, 1, 2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, lam, lam_c = ctx.saved_tensors
-        dq = torch.einsum("bnhv,bvkn->bnhk", grad, lam)
-        dlam, dlam_c = torch.einsum("bnhk,bnhv->bvkn", q, grad), None
-        if lam_c is not None:
-            dlam_c, dq_c = content_grad(q, lam_c, grad)
-            dq = dq + dq_c
-        return dq, dlam, dlam_c
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], q: Tensor, lam: Tensor, lam_c: Tensor | None) -> tuple[Tensor, int]:
-        """A mapped axis joins the batch."""
-        size = info.batch_size
-
-        def joined(x: Tensor | None, at: int | None) -> Tensor | None:
-            if x is None:
-                return None
-            return (x.expand(size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
-
-        every = [joined(x, at) for x, at in zip((q, lam, lam_c), in_dims, strict=True)]
-        return _Apply.apply(*every).unflatten(0, (size, -1)), 0
+    return backward(grad, image, kernel, None, [1, 1], padding, dilation, False, [0, 0], 1, only)[1]

@@ -165,8 +165,9 @@ def _cost_scores(p: Problem, block: int) -> tuple[int, int, int]:
 
 def _cost_conv(p: Problem, block: int) -> tuple[int, int, int]:
     macs = p.b * p.n * p.window * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
-    lam = p.b * p.n * p.k * p.v
-    return macs, (4 * lam + _ends(p)) * _itemsize(p), lam * _itemsize(p)
+    lam = p.n * p.k * p.v
+    at_once = convolution.examples(p.b, lam * _itemsize(p)) if p.device == "cpu" and len(p.grid or ()) == 2 else p.b
+    return macs, (4 * p.b * lam + _ends(p)) * _itemsize(p), at_once * lam * _itemsize(p)
 
 
 def _lambdas_why_not(p: Problem) -> str | None:
@@ -202,7 +203,7 @@ def _always(p: Problem) -> str | None:
 STRATEGIES: dict[str, Strategy] = {
     "lambdas": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, False, "E (n,m,k,u), λ (b,n,k,v)"),
     "scores": Strategy(eager.scores, _cost_scores, _always, False, "E (n,m,k,u), s (b,h,n,m,u)"),
-    "conv": Strategy(convolution.conv, _cost_conv, _conv_why_not, False, "λ (b,n,k,v)"),
+    "conv": Strategy(convolution.conv, _cost_conv, _conv_why_not, False, "some examples' λ (n,k,v)"),
     "lambdas_chunked": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, True, "a block of E and of λ"),
     "scores_chunked": Strategy(eager.scores, _cost_scores, _always, True, "a block of E and of s"),
     # By name only: its kernels have run in Triton's interpreter and compiled for sm_90, never yet on a GPU.
