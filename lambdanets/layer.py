@@ -86,12 +86,45 @@ def project(
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 projection of a map (b, dim, *map) by weights (channels out, dim): (b, channels out, positions)."""
-    if torch.is_grad_enabled() or not x.is_contiguous():
+    training = torch.is_grad_enabled()
+    if not x.is_contiguous() or training and (x.device.type != "cpu" or torch.compiler.is_compiling()):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
         return convolve(x, weight[(...,) + (None,) * (x.dim() - 2)], bias).flatten(2)
-    # Without gradients the map is read where it lies: a convolution copies it to its own layout and back.
+    # The map is read where it lies: a convolution copies it to its own layout and back.
+    if training:
+        if torch.is_autocast_enabled("cpu"):  # it does not reach the gradients
+            x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
+        y: Tensor = _Product.apply(x.flatten(2), weight)
+        return y if bias is None else y + bias[:, None].to(y.dtype)
     every = weight.expand(x.shape[0], -1, -1)
     return torch.bmm(every, x.flatten(2)) if bias is None else torch.baddbmm(bias[:, None], every, x.flatten(2))
+
+
+class _Product(torch.autograd.Function):
+    """Weights (channels out, dim) times x (b, dim, positions): half the time of a 1x1 convolution and its gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.bmm(weight.t().contiguous().expand(x.shape[0], -1, -1), grad)
+        if ctx.needs_input_grad[1]:
+            if x.dtype.itemsize >= 4:
+                dweight = torch.bmm(x, grad.mT).sum(0).t()
+            else:  # one product over all examples: a sum of rounded ones would be worse
+                dweight = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
+        return dx, dweight
 
 
 def like(y: Tensor, x: Tensor) -> Tensor:

@@ -63,9 +63,8 @@ class _Convolution(torch.autograd.Function):
         b, n, h, _ = q.shape
         by_key = q.dtype.itemsize >= 4
         apply = _by_key if by_key else _by_position
-        y, step = q.new_empty(b, h, values.shape[2], n), _step(q, values)
-        for lo in range(0, b, step):
-            block = slice(lo, lo + step)
+        y = q.new_empty(b, h, values.shape[2], n)
+        for block in _blocks(q, values):
             lam = F.conv2d(_image(values[block], grid, not by_key), kernel, padding=_half(kernel))
             apply(q[block], lam, None if lam_c is None else lam_c[block], y[block])
         return y.permute(0, 3, 1, 2)
@@ -84,16 +83,13 @@ class _Convolution(torch.autograd.Function):
         exact = q.dtype == torch.float64
         wide = torch.float64 if exact else torch.float32
         grads_q, grads_values, grads_content, grad_kernel = [], [], [], None
-        step = _step(q, values)
-        for lo in range(0, len(q), step):
-            block = slice(lo, lo + step)
+        for block in _blocks(q, values):
             part, dy = q[block].contiguous(), grad[block].contiguous()
             s = len(part)
             rows, dy_rows = part.flatten(1, 2), dy.flatten(1, 2)  # (s, n·h, k or v)
             if needs_q:
                 lam = F.conv2d(_image(values[block], ctx.grid, q.dtype.itemsize < 4), kernel, padding=_half(kernel))
-                lam = lam.permute(0, 2, 3, 1).contiguous().view(s, v, n, k)
-                dq = torch.stack([torch.bmm(dy[i], lam[i].transpose(0, 1)) for i in range(s)])
+                dq = _products(dy, lam.permute(0, 2, 3, 1).contiguous().view(s, v, n, k).transpose(1, 2))
                 if lam_c is not None:
                     dq = dq + torch.bmm(dy_rows, lam_c[block].mT).view(s, n, h, k)
                 grads_q.append(dq)
@@ -136,10 +132,23 @@ class _Convolution(torch.autograd.Function):
         return _Convolution.apply(*joined, inputs[2], content, grid).unflatten(0, (size, -1)), 0
 
 
-def _step(q: Tensor, values: Tensor) -> int:
-    """Examples at a time; all of them in a graph being compiled, where each block would be code."""
+def _blocks(q: Tensor, values: Tensor) -> list[slice]:
+    """The examples to work on together; all of them in a graph being compiled, where each block would be code."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
     b, n, _, k = q.shape
-    return b if torch.compiler.is_compiling() else examples(b, n * k * values.shape[2] * q.dtype.itemsize)
+    step = examples(b, n * k * values.shape[2] * q.dtype.itemsize)
+    return [slice(lo, lo + step) for lo in range(0, b, step)]
+
+
+def _products(x: Tensor, lam: Tensor) -> Tensor:
+    """A product a position: x (b, n, h, i), lam (b, n, i, j) with any strides -> (b, n, h, j).
+
+    One example at a time nothing is copied; a compiler is not shown the loop, which would fix its batch.
+    """
+    if torch.compiler.is_compiling():
+        return torch.matmul(x, lam)
+    return torch.stack([torch.bmm(*pair) for pair in zip(x, lam, strict=True)])
 
 
 def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -171,10 +180,10 @@ def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> Non
     """y (b, h, v, n) = q·(λc + λ) a position at a time, λ (b·v, k, H, W) in channels_last. Sums are in float32."""
     b, n, h, k = q.shape
     q, lam = q.contiguous(), lam.permute(0, 2, 3, 1).reshape(b, -1, n, k).permute(0, 2, 3, 1)  # (b, n, k, v)
-    content = None if lam_c is None else torch.bmm(q.flatten(1, 2), lam_c).view(b, n, h, -1)
-    for i in range(b):
-        part = torch.bmm(q[i], lam[i]) if content is None else torch.baddbmm(content[i], q[i], lam[i])
-        y[i].copy_(part.permute(1, 2, 0))
+    part = _products(q, lam)
+    if lam_c is not None:
+        part += torch.bmm(q.flatten(1, 2), lam_c).view(part.shape)
+    y.copy_(part.permute(0, 2, 3, 1))
 
 
 def _half(kernel: Tensor) -> list[int]:
