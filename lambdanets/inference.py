@@ -13,9 +13,10 @@ from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-from .layer import BATCH_NORM, LambdaLayer, LambdaLayer1d, LambdaLayer3d, fold, heard, plain, product, stack
+from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d
 from .ops import plan, relative_embeddings
 from .ops.tune import tuned
+from .projections import BATCH_NORM, fold, heard, plain, product, stack
 from .weights import relative_table
 
 KEPT_BYTES = 8 << 20  # of expanded tables a layer may keep: three maps of 14 x 14 in float32, or one of 19 x 19

@@ -9,8 +9,9 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from . import resnet
-from .layer import like, mismatch, normed, plain, project
+from .layer import mismatch
 from .ops import lambda_op
+from .projections import like, normed, plain, project
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
 

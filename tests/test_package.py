@@ -20,6 +20,7 @@ ROOMS = [
     {"ops.tune"},
     {"ops.lambda_op"},
     {"ops.__init__"},
+    {"projections"},
     {"layer"},
     {"resnet"},
     {"cost", "weights"},

@@ -178,7 +178,7 @@ def _by_key(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
 
 def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
     """y (b, h, v, n) = q·(λc + λ) a position at a time, λ (b·v, k, H, W) in channels_last. Sums are in float32."""
-    b, n, h, k = q.shape
+    b, n, _, k = q.shape
     q, lam = q.contiguous(), lam.permute(0, 2, 3, 1).reshape(b, -1, n, k).permute(0, 2, 3, 1)  # (b, n, k, v)
     part = _products(q, lam)
     if lam_c is not None:
