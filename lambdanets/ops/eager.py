@@ -12,6 +12,7 @@ the block again.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,16 +52,15 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
     """
     b, m, _, u = keys.shape
     folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
-    grid = (q.shape[1],)
-    blocks = _blocks(grid, block)
-    spec = _Spec("keys", "scores", blocks, grid, (), [()] * len(blocks), key_norm)
-    return _Contract.apply(q, folded, keys, mask.expand(b, -1, -1), None, spec)
+    spec = _Spec("keys", "scores", block, (q.shape[1],), (), (), key_norm)
+    return _contract(q, folded, keys, mask.expand(b, -1, -1), None, spec)
 
 
 # --- blocks of queries ------------------------------------------------------------------------------------------
 
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) an axis
+_UNROLLED = 8  # blocks up to which a compiler sees what is in them
 
 
 class _Spec(NamedTuple):
@@ -68,11 +68,15 @@ class _Spec(NamedTuple):
 
     source: str  # where the weights come from: "table", "embeddings" or "keys"
     order: str  # "lambdas" or "scores"
-    blocks: list[Box]  # of the query grid, see `_blocks`
-    grid: tuple[int, ...]  # (n,) where positions are not a grid
-    context_grid: tuple[int, ...]  # of a table
-    seen: list[Box]  # the contexts that each block reaches in a table, counted in reversed order
+    block: int  # queries at a time
+    grid: Sequence[int]  # (n,) where positions are not a grid
+    context_grid: Sequence[int]  # of a table
+    reach: Sequence[int]  # of a table: offsets on either side of the middle
     key_norm: str
+
+    def blocks(self) -> list[tuple[Box, Box]]:
+        """Boxes of the query grid and, in a table, the contexts that each reaches, counted in reversed order."""
+        return [(box, _seen(box, self.context_grid, self.reach)) for box in _blocks(tuple(self.grid), self.block)]
 
 
 def _blocks(grid: tuple[int, ...], queries: int) -> list[Box]:
@@ -98,9 +102,7 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         assert p.embeddings is not None
         weights = p.embeddings
         values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
-        grid = (p.q.shape[1],)
-        blocks = _blocks(grid, block)
-        spec = _Spec("embeddings", order, blocks, grid, (), [()] * len(blocks), "")
+        spec = _Spec("embeddings", order, block, (p.q.shape[1],), (), (), "")
     else:
         d = len(p.grid)
         weights = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
@@ -113,21 +115,28 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         values = p.values.flip(1).permute(0, 3, 1, 2).reshape(b, u * m, v)  # M = (u, reversed m)
         mask = None if mask is None else mask.flip(2)
         reach = tuple((r - 1) // 2 for r in p.table.shape[:d])
-        blocks = _blocks(p.grid, block)
-        spec = _Spec(
-            "table", order, blocks, p.grid, p.context_grid, [_seen(box, p.context_grid, reach) for box in blocks], ""
-        )
+        spec = _Spec("table", order, block, p.grid, p.context_grid, reach, "")
+    return _contract(p.q, values, weights, mask, p.lam_c, spec)
+
+
+def _contract(
+    q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, spec: _Spec
+) -> Tensor:
+    inputs = q, values, weights, mask, lam_c
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and len(spec.blocks()) > _UNROLLED:
+        return _contract_op(*inputs, *spec)
     # Without gradients the function alone: binding its arguments takes as long as a small map's products.
-    contract = _Contract.apply if torch.is_grad_enabled() else _Contract.forward
-    return contract(p.q, values, weights, mask, p.lam_c, spec)
+    return _Contract.apply(*inputs, spec) if torch.is_grad_enabled() else _Contract.forward(*inputs, spec)
 
 
 def _last_axis_first(pairs: list[int]) -> list[int]:
     return [x for i in range(len(pairs) - 2, -1, -2) for x in pairs[i : i + 2]]
 
 
-def _seen(box: Box, context_grid: tuple[int, ...], reach: tuple[int, ...]) -> Box:
+def _seen(box: Box, context_grid: Sequence[int], reach: Sequence[int]) -> Box:
     """The contexts, counted in reversed order, that a box of queries reaches with so many offsets on either side."""
+    if not context_grid:
+        return ()
 
     def along(start: int, stop: int, size: int, half: int) -> tuple[int, int]:
         if start - half >= size:
@@ -148,15 +157,12 @@ def _cut(x: Tensor, spec: _Spec, seen: Box, axis: int) -> Tensor:
     return x.flatten(axis, axis + len(seen))
 
 
-def _places(spec: _Spec) -> list[tuple[int, int]]:
-    """(start, stop) of each block among the queries."""
-    found = []
-    for box in spec.blocks:
-        start = 0
-        for (first, _), side in zip(box, spec.grid, strict=True):
-            start = start * side + first
-        found.append((start, start + math.prod([last - first for first, last in box])))
-    return found
+def _place(box: Box, grid: Sequence[int]) -> tuple[int, int]:
+    """(start, stop) of a block among the queries."""
+    start = 0
+    for (first, _), side in zip(box, grid, strict=True):
+        start = start * side + first
+    return start, start + math.prod([last - first for first, last in box])
 
 
 def _joined(parts: list[tuple[int, Tensor]]) -> Tensor:
@@ -179,10 +185,11 @@ class _Blocks:
     def __init__(self, spec: _Spec, weights: Tensor, mask: Tensor | None) -> None:
         self.spec, self.weights, self.mask = spec, weights, mask
         self.part: tuple[Box, Box] | None = None
-        several_rows = spec.source == "table" and len(spec.grid) > 1 and len(spec.blocks) > 1
-        self.shared = several_rows and all(box[0][1] - box[0][0] == 1 for box in spec.blocks)
+        self.cut = spec.blocks()
+        several_rows = spec.source == "table" and len(spec.grid) > 1 and len(self.cut) > 1
+        self.shared = several_rows and all(box[0][1] - box[0][0] == 1 for box, _ in self.cut)
         if self.shared:  # offsets along the first axis that any block reaches
-            of_row = [(box[0][0], seen[0]) for box, seen in zip(spec.blocks, spec.seen, strict=True)]
+            of_row = [(box[0][0], seen[0]) for box, seen in self.cut]
             self.first = min(row + start for row, (start, _) in of_row)
             self.reach = max(row + stop for row, (_, stop) in of_row) - self.first
 
@@ -319,7 +326,8 @@ class _Contract(torch.autograd.Function):
         b, _, h, _ = q.shape
         v = values.shape[2]
         rows, outputs = _Blocks(spec, weights, mask), []
-        for (lo, hi), box, seen in zip(_places(spec), spec.blocks, spec.seen, strict=True):
+        for box, seen in rows.cut:
+            lo, hi = _place(box, spec.grid)
             part, V = q[:, lo:hi], _cut(values, spec, seen, 1)
             M = V.shape[1]
             W = rows.block(box, seen)
@@ -341,64 +349,118 @@ class _Contract(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, values, weights, mask, lam_c = ctx.saved_tensors
-        spec: _Spec = ctx.spec
-        b, _, h, k = q.shape
-        v = values.shape[2]
-        # Gradients that are sums over blocks are summed in float32 or better.
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grads_q, grad_v, grad_w, grad_c = [], None, None, None
-        expanded = _Blocks(spec, weights, mask)
-        for (lo, hi), box, seen in zip(_places(spec), spec.blocks, spec.seen, strict=True):
-            rows = hi - lo
-            part, dy, V = q[:, lo:hi], grad[:, lo:hi], _cut(values, spec, seen, 1)
-            M = V.shape[1]
-            W = expanded.block(box, seen)
-            shown = _block_mask(spec, mask, lo, hi, seen, M, q.dtype)
-            if spec.order == "scores":
-                s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
-                flat = dy.reshape(b, rows * h, v)
-                dboth = torch.bmm(s.transpose(1, 2), flat)  # (b, M or M + k, v)
-                del s  # as large as ds, and ds is about to be copied
-                ds = torch.bmm(flat, both.transpose(1, 2)).view(b, rows, h, both.shape[1])
-                dv = dboth[:, :M]
-                if lam_c is not None:
-                    dlam_c, dq_c = dboth[:, M:], ds[..., M:].clone()  # a view would keep all of ds
-                    ds = ds[..., :M]
-                ds = ds if shown is None else ds * shown
-                if W.dim() == 4:
-                    dq = torch.matmul(ds, W.transpose(2, 3))
-                    dW = torch.matmul(part.transpose(2, 3), ds)
-                else:
-                    ds = ds.permute(1, 0, 2, 3).reshape(rows, b * h, M)
-                    dq = torch.bmm(ds, W.transpose(1, 2)).view(rows, b, h, k).permute(1, 0, 2, 3)
-                    dW = torch.bmm(_by_query(part).transpose(1, 2), ds)
-            else:
-                W = W if shown is None else W * shown[0]
-                lam = _lambdas(W, V)
-                dq = torch.einsum("bnhv,nkbv->bnhk", dy, lam)
-                dlam = torch.einsum("bnhk,bnhv->nkbv", part, dy).reshape(rows * k, b * v)
-                dv = (W.reshape(rows * k, M).t() @ dlam).view(M, b, v).transpose(0, 1)
-                dW = (dlam @ V.transpose(0, 1).reshape(M, b * v).t()).view(rows, k, M)
-                dW = dW if shown is None else dW * shown[0]
-                if lam_c is not None:
-                    dlam_c, dq_c = content_grad(part, lam_c, dy)
+        dq, dvalues, dweights, dlam_c = _gradients(q, values, weights, mask, lam_c, ctx.spec, grad)
+        return dq, dvalues, dweights, None, dlam_c, None
+
+
+def _gradients(
+    q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, spec: _Spec, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of q, values, weights and lam_c, a block of queries at a time."""
+    b, _, h, k = q.shape
+    v = values.shape[2]
+    # Gradients that are sums over blocks are summed in float32 or better.
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grads_q, grad_v, grad_w, grad_c = [], None, None, None
+    expanded = _Blocks(spec, weights, mask)
+    for box, seen in expanded.cut:
+        lo, hi = _place(box, spec.grid)
+        rows = hi - lo
+        part, dy, V = q[:, lo:hi], grad[:, lo:hi], _cut(values, spec, seen, 1)
+        M = V.shape[1]
+        W = expanded.block(box, seen)
+        shown = _block_mask(spec, mask, lo, hi, seen, M, q.dtype)
+        if spec.order == "scores":
+            s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
+            flat = dy.reshape(b, rows * h, v)
+            dboth = torch.bmm(s.transpose(1, 2), flat)  # (b, M or M + k, v)
+            del s  # as large as ds, and ds is about to be copied
+            ds = torch.bmm(flat, both.transpose(1, 2)).view(b, rows, h, both.shape[1])
+            dv = dboth[:, :M]
             if lam_c is not None:
-                dq = dq + dq_c
-                grad_c = dlam_c.to(wide) if grad_c is None else grad_c + dlam_c
-            grads_q.append((lo, dq))
-            if values.shape[1] == M:
-                grad_v = dv.to(wide) if grad_v is None else grad_v + dv
+                dlam_c, dq_c = dboth[:, M:], ds[..., M:].clone()  # a view would keep all of ds
+                ds = ds[..., :M]
+            ds = ds if shown is None else ds * shown
+            if W.dim() == 4:
+                dq = torch.matmul(ds, W.transpose(2, 3))
+                dW = torch.matmul(part.transpose(2, 3), ds)
             else:
-                grad_v = dv.new_zeros(values.shape, dtype=wide) if grad_v is None else grad_v
-                place = grad_v.unflatten(1, (-1, *spec.context_grid))
-                for axis, (start, stop) in enumerate(seen, start=2):
-                    place = place.narrow(axis, start, stop - start)
-                place += dv.view(place.shape)
-            grad_w = _gather(spec, weights, box, seen, grad_w, _weights_grad(spec, weights, box, seen, mask, W, dW))
-        assert grad_v is not None
-        assert grad_w is not None
-        grad_c = None if grad_c is None else grad_c.to(values.dtype)
-        return _joined(grads_q), grad_v.to(values.dtype), grad_w.to(weights.dtype), None, grad_c, None
+                ds = ds.permute(1, 0, 2, 3).reshape(rows, b * h, M)
+                dq = torch.bmm(ds, W.transpose(1, 2)).view(rows, b, h, k).permute(1, 0, 2, 3)
+                dW = torch.bmm(_by_query(part).transpose(1, 2), ds)
+        else:
+            W = W if shown is None else W * shown[0]
+            lam = _lambdas(W, V)
+            dq = torch.einsum("bnhv,nkbv->bnhk", dy, lam)
+            dlam = torch.einsum("bnhk,bnhv->nkbv", part, dy).reshape(rows * k, b * v)
+            dv = (W.reshape(rows * k, M).t() @ dlam).view(M, b, v).transpose(0, 1)
+            dW = (dlam @ V.transpose(0, 1).reshape(M, b * v).t()).view(rows, k, M)
+            dW = dW if shown is None else dW * shown[0]
+            if lam_c is not None:
+                dlam_c, dq_c = content_grad(part, lam_c, dy)
+        if lam_c is not None:
+            dq = dq + dq_c
+            grad_c = dlam_c.to(wide) if grad_c is None else grad_c + dlam_c
+        grads_q.append((lo, dq))
+        if values.shape[1] == M:
+            grad_v = dv.to(wide) if grad_v is None else grad_v + dv
+        else:
+            grad_v = dv.new_zeros(values.shape, dtype=wide) if grad_v is None else grad_v
+            place = grad_v.unflatten(1, (-1, *spec.context_grid))
+            for axis, (start, stop) in enumerate(seen, start=2):
+                place = place.narrow(axis, start, stop - start)
+            place += dv.view(place.shape)
+        grad_w = _gather(spec, weights, box, seen, grad_w, _weights_grad(spec, weights, box, seen, mask, W, dW))
+    assert grad_v is not None
+    assert grad_w is not None
+    grad_c = None if grad_c is None else grad_c.to(values.dtype)
+    return _joined(grads_q), grad_v.to(values.dtype), grad_w.to(weights.dtype), grad_c
+
+
+# Many blocks are one operation to a compiler: unrolled, 128 of them took it more than five minutes.
+
+
+@torch.library.custom_op("lambdanets::contract", mutates_args=())
+def _contract_op(
+    q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, source: str, order: str,
+    block: int, grid: Sequence[int], context_grid: Sequence[int], reach: Sequence[int], key_norm: str,
+) -> Tensor:  # fmt: skip
+    spec = _Spec(source, order, block, grid, context_grid, reach, key_norm)
+    return _Contract.forward(q, values, weights, mask, lam_c, spec).contiguous()
+
+
+@torch.library.custom_op("lambdanets::contract_gradients", mutates_args=())
+def _gradients_op(
+    q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, source: str, order: str,
+    block: int, grid: Sequence[int], context_grid: Sequence[int], reach: Sequence[int], key_norm: str, grad: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    spec = _Spec(source, order, block, grid, context_grid, reach, key_norm)
+    return [g.contiguous() for g in _gradients(q, values, weights, mask, lam_c, spec, grad) if g is not None]
+
+
+@_contract_op.register_fake
+def _(q: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], values.shape[2])
+
+
+@_gradients_op.register_fake
+def _(
+    q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, values, weights, lam_c) if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.spec = inputs[5:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dvalues, dweights, *rest = _gradients_op(*ctx.saved_tensors, *ctx.spec, grad)
+    return dq, dvalues, dweights, None, rest[0] if rest else None, *[None] * len(ctx.spec)
+
+
+_contract_op.register_autograd(_backward, setup_context=_save)
 
 
 def _with_content(s: Tensor, V: Tensor, q: Tensor, lam_c: Tensor | None) -> tuple[Tensor, Tensor]:

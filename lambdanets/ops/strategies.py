@@ -235,14 +235,14 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 
 
 _LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2))
-# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2) and
-# (4), to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets,
-# not measured yet.
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2), (4)
+# and 2026-11-23, to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data
+# sheets, not measured yet.
 _RATES = {
     ("cpu", False, False): _rates((1.7e11, 4.3e11, 4e11, 1e6), (4e10, 2.9e10, 2.4e10, 1e9), 3.3, 1.4e-4),
-    ("cpu", False, True): _rates((3.9e10, 5e10, 2.2e10, 1e6), (9.6e9, 1e10, 5.7e9, 1e9), 3.7, 4.8e-4),
-    ("cpu", True, False): _rates((8.3e11, 1e12, 8.1e11, 1e6), (3.7e10, 2.6e10, 1.1e10, 1e9), 2.5, 2.3e-4),
-    ("cpu", True, True): _rates((2.4e11, 7.5e11, 1.2e11, 1e6), (6.3e9, 5.9e9, 2.1e9, 1e9), 2.3, 9e-4),
+    ("cpu", False, True): _rates((4.2e10, 4.8e10, 2.7e10, 1e6), (1e10, 1.1e10, 4.3e9, 1e9), 4.2, 5.7e-4),
+    ("cpu", True, False): _rates((1e12, 1e12, 8.7e11, 1e6), (3.3e10, 2.8e10, 1.2e10, 1e9), 2.9, 2.4e-4),
+    ("cpu", True, True): _rates((1.7e11, 9e11, 1.3e11, 1e6), (6.6e9, 5.4e9, 2.9e9, 1e9), 2.3, 1e-3),
     ("cuda", False, False): _rates((2e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
     ("cuda", False, True): _rates((7e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
     ("cuda", True, False): _rates((2e14, 5e13, 5e13, 2e14), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
