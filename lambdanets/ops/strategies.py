@@ -131,7 +131,7 @@ def _reached(p: Problem, block: int) -> int:
 
 
 def _by_rows(p: Problem, block: int) -> bool:
-    """Whether the blocks are rows of the grid or parts of rows, which share one copy of their E (eager._Blocks)."""
+    """Whether the blocks are rows of the grid or parts of rows, which share one copy of their E (blocks.Blocks)."""
     return p.table is not None and p.grid is not None and len(p.grid) > 1 and block <= p.n // p.grid[0] < p.n
 
 
