@@ -6,13 +6,24 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lambdanets.ops import STRATEGIES, Problem, lambda_op, lambda_reference, plan, relative_embeddings, tune
+from lambdanets.ops import (
+    STRATEGIES,
+    Problem,
+    convolution,
+    lambda_op,
+    lambda_reference,
+    plan,
+    relative_embeddings,
+    tune,
+)  # fmt: skip
 from lambdanets.ops.lambda_op import KEY_NORMS
 
 HERE = [name for name in STRATEGIES if name != "fused"]  # test_fused.py has that one, in Triton's interpreter
@@ -380,23 +391,76 @@ def test_the_plan_predicts_multiply_adds_exactly_and_the_largest_intermediate(ca
     assert 0.5 * seen.bytes <= cost.largest_bytes <= seen.bytes * 1.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "case",
     [
-        Case((21, 23), (5, 7), b=1, h=2, k=3, v=2, u=2),  # the library's weight gradient
-        Case((22, 21), (13, 15), b=1, h=1, k=2, v=3),  # dλ as a kernel
-        Case((33, 34), (15, 13), b=1, h=1, k=2, v=1, u=2),  # V shifted 16 ways
+        Case((21, 23), (5, 7), b=3, h=2, k=3, v=2, u=2),  # the library's weight gradient
+        Case((22, 21), (13, 15), b=3, h=1, k=2, v=3),  # 16 bits: dλ as a kernel; else V shifted 16 ways
+        Case((33, 34), (15, 13), b=2, h=1, k=2, v=1, u=2),
         Case((20, 20), (61, 3), b=1, h=1, k=2, v=1),  # a table that is cut to the map
+        Case((9, 31), (13, 15), b=3, h=2, k=3, v=2, keys=False),  # too low for tiles
     ],
 )
-def test_on_large_maps_conv_has_gradients_of_its_own_and_they_are_exact(case: Case) -> None:
-    torch.manual_seed(0)
-    t = case.tensors()
+def test_conv_has_gradients_of_its_own_a_few_examples_at_a_time_and_they_are_exact(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, sizes = math.prod(case.grid), []
+    monkeypatch.setattr(convolution, "BLOCK_BYTES", 2 * n * case.k * case.v * dtype.itemsize)  # two examples fit
+    image = convolution._image
+    monkeypatch.setattr(convolution, "_image", lambda V, *rest: sizes.append(len(V)) or image(V, *rest))
+    t = case.tensors(dtype)
     y, ours, grad = forward_and_gradients(lambda t: case.run(t, None, "conv"), t)
-    want, theirs, _ = forward_and_gradients(lambda t: case.run(t, None, "scores"), t, grad)
-    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
-    for name, b in theirs.items():
-        torch.testing.assert_close(ours[name], b, rtol=1e-10, atol=1e-10 * b.abs().max().item(), msg=name)
+    assert max(sizes) <= 2
+    assert sum(sizes) >= 2 * case.b  # forward, and again backward
+    exact = {name: None if x is None else x.double() for name, x in t.items()}
+    want, theirs, _ = forward_and_gradients(lambda t: case.run(t, None, "scores"), exact, grad.double())
+    for name, got in (("y", y), *ours.items()):
+        right = want if name == "y" else theirs[name]
+        error = (got.double() - right).norm() / right.norm()
+        assert error <= {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-2}[dtype], name
+
+
+def test_a_map_of_many_blocks_is_one_operation_to_a_compiler_and_unrolled_in_an_export() -> None:
+    case = Case((12, 9), (7, 5), k=2, v=3, u=2)
+    t, limit, ops = case.tensors(), 8_000, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        ops.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    for strategy in ("lambdas_chunked", "scores_chunked"):
+        want, want_grads, dy = forward_and_gradients(lambda t, s=strategy: case.run(t, None, s, limit), t)
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda t, s=strategy: case.run(t, None, s, limit), fullgraph=True,
+            backend=aot_autograd(fw_compiler=backend, bw_compiler=backend),
+        )  # fmt: skip
+        got, grads, _ = forward_and_gradients(compiled, t, dy)
+        torch.testing.assert_close(got, want)
+        for name, g in grads.items():
+            torch.testing.assert_close(g, want_grads[name])
+        forward, backward = ops[-2:]
+        assert forward.count("lambdanets.contract.default") == 1
+        assert backward.count("lambdanets.contract_gradients.default") == 1
+        assert max(map(len, ops[-2:])) < 60
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
+            return case.run({**t, "q": q, "keys": keys, "values": values, "table": table}, None, strategy, limit)
+
+    exported = torch.export.export(Module(), tuple(t[n] for n in ("q", "keys", "values", "table")))
+    assert "lambdanets" not in str(exported.graph)  # it must run where we are not installed
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck reads it itself
+@pytest.mark.parametrize("strategy", ["lambdas_chunked", "scores_chunked"])
+def test_what_a_compiler_is_told_about_that_operation_is_true(strategy: str) -> None:
+    spec = ("table", strategy.removesuffix("_chunked"), 2, [3, 4], [3, 4], [1, 2], "")
+    inputs = [torch.randn(*s).double().requires_grad_() for s in ((2, 12, 3, 2), (2, 12, 5), (2, 1, 5, 7), (2, 2, 5))]
+    q, values, weights, lam_c = inputs
+    torch.library.opcheck(torch.ops.lambdanets.contract, (q, values, weights, None, lam_c, *spec))
+    torch.library.opcheck(torch.ops.lambdanets.contract, (q, values, weights, None, None, *spec))
 
 
 @pytest.mark.parametrize("context", [None, (300,)])
@@ -537,10 +601,13 @@ def test_vmap_and_func_grad_agree_with_a_loop(name: str, strategy: str) -> None:
         return case.run(t, mask, strategy, limit).square().sum()
 
     grad = torch.func.grad(loss, argnums=(0, 1, 2, 3))
-    got = torch.vmap(grad, in_dims=(0, 0, 0, None))(*many.values(), base[weights])
-    for i in range(3):
-        for g, w in zip(got, grad(*(x[i] for x in many.values()), base[weights]), strict=True):
-            torch.testing.assert_close(g[i], w)
+    own = torch.stack([base[weights], base[weights].flip(0), 3 * base[weights]])
+    for w, at in ((base[weights], None), (own, 0)):
+        got = torch.vmap(grad, in_dims=(0, 0, 0, at))(*many.values(), w)
+        for i in range(3):
+            want = grad(*(x[i] for x in many.values()), w if at is None else w[i])
+            for g, right in zip(got, want, strict=True):
+                torch.testing.assert_close(g[i], right)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
