@@ -358,6 +358,9 @@ def start(device: str, threads: int) -> dict[str, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no CUDA device is visible")
     torch.set_num_threads(threads)
+    # Until it has once freed a large block, as the first model that runs makes it do, glibc gives memory back after each
+    # call and faults it in again at the next: up to 2.6 times a layer's time, by chance (LOG.md, 2026-11-23).
+    torch.empty(31 << 20, dtype=torch.uint8)
     about = machine(device)
     print(about)
     if about["load"] > 0.5 * threads:

@@ -89,7 +89,11 @@ class _Convolution(torch.autograd.Function):
             rows, dy_rows = part.flatten(1, 2), dy.flatten(1, 2)  # (s, n·h, k or v)
             if needs_q:
                 lam = F.conv2d(_image(values[block], ctx.grid, q.dtype.itemsize < 4), kernel, padding=_half(kernel))
-                dq = _products(dy, lam.permute(0, 2, 3, 1).contiguous().view(s, v, n, k).transpose(1, 2))
+                lam = lam.permute(0, 2, 3, 1).contiguous().view(s, v, n, k).transpose(1, 2)
+                if torch.compiler.is_compiling():
+                    dq = torch.matmul(dy, lam)
+                else:  # one example at a time nothing is copied
+                    dq = torch.stack([torch.bmm(*pair) for pair in zip(dy, lam, strict=True)])
                 if lam_c is not None:
                     dq = dq + torch.bmm(dy_rows, lam_c[block].mT).view(s, n, h, k)
                 grads_q.append(dq)
@@ -133,22 +137,12 @@ class _Convolution(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, values: Tensor) -> list[slice]:
-    """The examples to work on together; all of them in a graph being compiled, where each block would be code."""
+    """The examples to work on together: all of them in a graph being compiled, which a loop would tie to one batch."""
     if torch.compiler.is_compiling():
         return [slice(None)]
     b, n, _, k = q.shape
     step = examples(b, n * k * values.shape[2] * q.dtype.itemsize)
     return [slice(lo, lo + step) for lo in range(0, b, step)]
-
-
-def _products(x: Tensor, lam: Tensor) -> Tensor:
-    """A product a position: x (b, n, h, i), lam (b, n, i, j) with any strides -> (b, n, h, j).
-
-    One example at a time nothing is copied; a compiler is not shown the loop, which would fix its batch.
-    """
-    if torch.compiler.is_compiling():
-        return torch.matmul(x, lam)
-    return torch.stack([torch.bmm(*pair) for pair in zip(x, lam, strict=True)])
 
 
 def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -178,11 +172,15 @@ def _by_key(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
 
 def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
     """y (b, h, v, n) = q·(λc + λ) a position at a time, λ (b·v, k, H, W) in channels_last. Sums are in float32."""
-    b, n, _, k = q.shape
+    b, n, h, k = q.shape
     q, lam = q.contiguous(), lam.permute(0, 2, 3, 1).reshape(b, -1, n, k).permute(0, 2, 3, 1)  # (b, n, k, v)
-    part = _products(q, lam)
-    if lam_c is not None:
-        part += torch.bmm(q.flatten(1, 2), lam_c).view(part.shape)
+    part = q.new_zeros(b, n * h, lam.shape[3]) if lam_c is None else torch.bmm(q.flatten(1, 2), lam_c)
+    part = part.view(b, n, h, -1)
+    if torch.compiler.is_compiling():
+        part = part + torch.matmul(q, lam)
+    else:
+        for i in range(b):  # one example at a time nothing is copied
+            part[i].baddbmm_(q[i], lam[i])
     y.copy_(part.permute(0, 2, 3, 1))
 
 
