@@ -358,9 +358,10 @@ def start(device: str, threads: int) -> dict[str, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no CUDA device is visible")
     torch.set_num_threads(threads)
-    # Until it has once freed a large block, as the first model that runs makes it do, glibc gives memory back after each
-    # call and faults it in again at the next: up to 2.6 times a layer's time, by chance (LOG.md, 2026-11-23).
-    torch.empty(31 << 20, dtype=torch.uint8)
+    # glibc gives memory back after a call and faults it in again at the next one, which can take longer than the layer,
+    # until a large block was freed once, as the first model that runs does (LOG.md, 2026-11-23).
+    large = torch.empty(31 << 20, dtype=torch.uint8)
+    del large
     about = machine(device)
     print(about)
     if about["load"] > 0.5 * threads:

@@ -92,6 +92,7 @@ CASES = {
     "W = 1": Case((9, 1), (5, 5)),
     "one position": Case((1, 1), (3, 3)),
     "u = 3": Case((4, 5), (3, 7), u=3),
+    "contexts by the hundred": Case((12, 10), (5, 23), h=2, k=3, v=4, u=2),
     "batch 1, one head": Case((4, 5), (3, 3), b=1, h=1),
     "position only": Case((4, 5), (3, 3), keys=False),
     "content only": Case((4, 5)),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .blocks import Blocks, Spec, block_mask, cut, gather, place, weights_grad
 
+_APART = 100  # contexts from which heads are taken apart
 _UNROLLED = 8  # blocks up to which a compiler sees what is in them
 
 
@@ -73,7 +74,16 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         mask = None if mask is None else mask.flip(2)
         reach = tuple((r - 1) // 2 for r in p.table.shape[:d])
         spec = Spec("table", order, block, p.grid, p.context_grid, reach, "")
-    return _contract(p.q, values, weights, mask, p.lam_c, spec)
+    h = p.q.shape[2]
+    apart = order == "scores" and mask is None and p.q.dtype.itemsize >= 4 and p.q.device.type == "cpu"
+    if h == 1 or m < _APART or not apart:
+        return _contract(p.q, values, weights, mask, p.lam_c, spec)
+    # Each head an example of its own: s is then multiplied by V as it lies, which on a CPU is worth more than the one
+    # product of all heads, but not in 16 bits.
+    q = p.q.transpose(1, 2).flatten(0, 1)[:, :, None]
+    values = values[:, None].expand(-1, h, -1, -1).flatten(0, 1)
+    lam_c = None if p.lam_c is None else p.lam_c[:, None].expand(-1, h, -1, -1).flatten(0, 1)
+    return _contract(q, values, weights, None, lam_c, spec).unflatten(0, (-1, h))[:, :, :, 0].transpose(1, 2)
 
 
 def _last_axis_first(pairs: list[int]) -> list[int]:
@@ -111,7 +121,11 @@ class _Contract(torch.autograd.Function):
             M = V.shape[1]
             W = rows.block(box, seen)
             shown = block_mask(spec, mask, lo, hi, seen, M, q.dtype)
-            if spec.order == "scores":
+            if spec.order == "scores" and h == 1:
+                s = _to_scores(part, W, shown)[:, :, 0]
+                y = torch.bmm(s, V) if lam_c is None else torch.baddbmm(torch.bmm(part[:, :, 0], lam_c), s, V)
+                y = y[:, :, None]
+            elif spec.order == "scores":
                 y = torch.bmm(*_with_content(_to_scores(part, W, shown), V, part, lam_c)).view(b, hi - lo, h, v)
             else:
                 W = W if shown is None else W * shown[0]
@@ -150,15 +164,21 @@ def _gradients(
         W = expanded.block(box, seen)
         shown = block_mask(spec, mask, lo, hi, seen, M, q.dtype)
         if spec.order == "scores":
-            s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
             flat = dy.reshape(b, rows * h, v)
-            dboth = torch.bmm(s.transpose(1, 2), flat)  # (b, M or M + k, v)
-            del s  # as large as ds, and ds is about to be copied
-            ds = torch.bmm(flat, both.transpose(1, 2)).view(b, rows, h, both.shape[1])
-            dv = dboth[:, :M]
-            if lam_c is not None:
-                dlam_c, dq_c = dboth[:, M:], ds[..., M:].clone()  # a view would keep all of ds
-                ds = ds[..., :M]
+            if h == 1:
+                dv = torch.bmm(_to_scores(part, W, shown)[:, :, 0].mT, flat)
+                ds = torch.bmm(flat, V.mT)[:, :, None]
+                if lam_c is not None:
+                    dlam_c, dq_c = content_grad(part, lam_c, dy)
+            else:
+                s, both = _with_content(_to_scores(part, W, shown), V, part, lam_c)
+                dboth = torch.bmm(s.mT, flat)  # (b, M or M + k, v)
+                del s  # as large as ds, and ds is about to be copied
+                ds = torch.bmm(flat, both.mT).view(b, rows, h, both.shape[1])
+                dv = dboth[:, :M]
+                if lam_c is not None:
+                    dlam_c, dq_c = dboth[:, M:], ds[..., M:].clone()  # a view would keep all of ds
+                    ds = ds[..., :M]
             ds = ds if shown is None else ds * shown
             if W.dim() == 4:
                 dq = torch.matmul(ds, W.transpose(2, 3))
