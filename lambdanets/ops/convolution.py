@@ -90,7 +90,7 @@ class _Convolution(torch.autograd.Function):
             if needs_q:
                 lam = F.conv2d(_image(values[block], ctx.grid, q.dtype.itemsize < 4), kernel, padding=_half(kernel))
                 lam = lam.permute(0, 2, 3, 1).contiguous().view(s, v, n, k).transpose(1, 2)
-                if torch.compiler.is_compiling():
+                if q.dtype.itemsize < 4 or torch.compiler.is_compiling():  # as in `_by_position`
                     dq = torch.matmul(dy, lam)
                 else:  # one example at a time nothing is copied
                     dq = torch.stack([torch.bmm(*pair) for pair in zip(dy, lam, strict=True)])
@@ -173,15 +173,13 @@ def _by_key(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
 def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
     """y (b, h, v, n) = q·(λc + λ) a position at a time, λ (b·v, k, H, W) in channels_last. Sums are in float32."""
     b, n, h, k = q.shape
-    q, lam = q.contiguous(), lam.permute(0, 2, 3, 1).reshape(b, -1, n, k).permute(0, 2, 3, 1)  # (b, n, k, v)
-    part = q.new_zeros(b, n * h, lam.shape[3]) if lam_c is None else torch.bmm(q.flatten(1, 2), lam_c)
-    part = part.view(b, n, h, -1)
-    if torch.compiler.is_compiling():
-        part = part + torch.matmul(q, lam)
-    else:
-        for i in range(b):  # one example at a time nothing is copied
-            part[i].baddbmm_(q[i], lam[i])
-    y.copy_(part.permute(0, 2, 3, 1))
+    v = y.shape[2]
+    q = q.contiguous()
+    part = q.new_zeros(b, n * h, v) if lam_c is None else torch.bmm(q.flatten(1, 2), lam_c)
+    # The library would copy strided matrices itself, one product at a time and twice as slowly.
+    lam = lam.permute(0, 2, 3, 1).reshape(b, v, n, k).transpose(1, 2).contiguous()
+    part = torch.baddbmm(part.view(b * n, h, v), q.flatten(0, 1), lam.flatten(0, 1).mT)
+    y.copy_(part.view(b, n, h, v).permute(0, 2, 3, 1))
 
 
 def _half(kernel: Tensor) -> list[int]:
