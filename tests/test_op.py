@@ -18,6 +18,7 @@ from lambdanets.ops import (
     STRATEGIES,
     Problem,
     convolution,
+    eager,
     lambda_op,
     lambda_reference,
     plan,
@@ -374,6 +375,21 @@ def test_chunked_memory_does_not_grow_with_n_times_m_forward_and_backward(strate
     n_by_m = 1600 * 1600 * 2 * 4
     assert peaks[2] < n_by_m / 100
     assert peaks[2] <= 8 * peaks[0]  # n·m grew 256-fold; inputs and outputs 16-fold
+
+
+def test_heads_are_taken_apart_only_where_their_values_are_no_larger_than_a_block_of_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, examples = Case((16, 16), (31, 31), b=2, h=4, k=2, v=8, keys=False), []
+    contract = eager._contract
+    monkeypatch.setattr(eager, "_contract", lambda q, *rest: examples.append(len(q)) or contract(q, *rest))
+    t = case.tensors(torch.float32)
+    values = 4 * t["values"].nbytes  # each head's
+    for limit in (None, values, values - 1):
+        y = case.run(t, None, "scores_chunked", limit)
+        torch.testing.assert_close(y, case.run(t, None, "conv"), rtol=1e-3, atol=1e-3)
+    case.run({n: None if x is None else x.bfloat16() for n, x in t.items()}, None, "scores_chunked")
+    assert examples == [8, 8, 2, 2]
 
 
 @pytest.mark.parametrize("strategy", HERE)

@@ -6,6 +6,7 @@ contexts that the block's window reaches, and nothing of size n·m is kept for t
 again.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -75,15 +76,27 @@ def _position(p: Position, order: str, block: int) -> Tensor:
         reach = tuple((r - 1) // 2 for r in p.table.shape[:d])
         spec = Spec("table", order, block, p.grid, p.context_grid, reach, "")
     h = p.q.shape[2]
-    apart = order == "scores" and mask is None and p.q.dtype.itemsize >= 4 and p.q.device.type == "cpu"
-    if h == 1 or m < _APART or not apart:
+    if not _heads_apart(p, order, values, spec):
         return _contract(p.q, values, weights, mask, p.lam_c, spec)
-    # Each head an example of its own: s is then multiplied by V as it lies, which on a CPU is worth more than the one
-    # product of all heads, but not in 16 bits.
     q = p.q.transpose(1, 2).flatten(0, 1)[:, :, None]
     values = values[:, None].expand(-1, h, -1, -1).flatten(0, 1)
     lam_c = None if p.lam_c is None else p.lam_c[:, None].expand(-1, h, -1, -1).flatten(0, 1)
-    return _contract(q, values, weights, None, lam_c, spec).unflatten(0, (-1, h))[:, :, :, 0].transpose(1, 2)
+    return _contract(q, values, weights, None, lam_c, spec).unflatten(0, (b, h))[:, :, :, 0].transpose(1, 2)
+
+
+def _heads_apart(p: Position, order: str, values: Tensor, spec: Spec) -> bool:
+    """Whether each head becomes an example of its own: s is then multiplied by V as it lies, not copied first.
+
+    On a CPU that is faster but in 16 bits and on small maps. Each head has a V then: no larger than a block of s.
+    """
+    if order != "scores" or p.mask is not None or p.q.dtype.itemsize < 4 or p.q.device.type != "cpu":
+        return False
+    M, v = values.shape[1:]
+    if p.q.shape[2] == 1 or p.values.shape[1] < _APART:
+        return False
+    seen = spec.blocks()[0][1]
+    reached = math.prod([stop - start for start, stop in seen]) * p.values.shape[3] if seen else M
+    return M * v <= min(spec.block, p.q.shape[1]) * reached
 
 
 def _last_axis_first(pairs: list[int]) -> list[int]:
