@@ -107,10 +107,15 @@ def _contract(
     q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, spec: Spec
 ) -> Tensor:
     inputs = q, values, weights, mask, lam_c
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and len(spec.blocks()) > _UNROLLED:
+    if torch.compiler.is_compiling() and not exporting() and len(spec.blocks()) > _UNROLLED:
         return _contract_op(*inputs, *spec)
     # Without gradients the function alone: binding its arguments takes as long as a small map's products.
     return _Contract.apply(*inputs, spec) if torch.is_grad_enabled() else _Contract.forward(*inputs, spec)
+
+
+def exporting() -> bool:
+    """Whether a graph is being exported. `is_exporting()` is true in every compilation to Dynamo of torch 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 class _Contract(torch.autograd.Function):

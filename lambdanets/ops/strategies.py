@@ -340,7 +340,7 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     elif not torch.compiler.is_compiling():
         best = _plan(p, limit)[0]
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
-        if torch.compiler.is_exporting():
+        if eager.exporting():
             p = replace(p, b=8)  # an exported graph serves any batch: its choice may not depend on this one
         best = _price(p, "lambdas", limit)
         for name in STRATEGIES:
