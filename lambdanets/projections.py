@@ -104,10 +104,16 @@ class _Product(torch.autograd.Function):
 
 def like(y: Tensor, x: Tensor) -> Tensor:
     """y in the memory format of x, so that a map leaves a layer as it came: contiguous or channels_last."""
+    given = _format(x)
+    return y if given is None else y.contiguous(memory_format=given)
+
+
+def _format(x: Tensor) -> torch.memory_format | None:
+    """Contiguous, channels_last, or None where it is neither."""
     if x.is_contiguous():
-        return y.contiguous()
+        return torch.contiguous_format
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return y.contiguous(memory_format=last) if last is not None and x.is_contiguous(memory_format=last) else y
+    return last if last is not None and x.is_contiguous(memory_format=last) else None
 
 
 def heard(module: nn.Module) -> bool:
@@ -137,10 +143,7 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """
     y: Tensor = norm(x)
     if y.requires_grad and not torch.compiler.is_compiling():  # compiled code has its own
-        last = x.shape[0] > 1 and x.dim() == 4 and not x.is_contiguous()
-        y.register_hook(_channels_last if last else torch.Tensor.contiguous)
+        given = torch.contiguous_format if x.shape[0] == 1 else _format(x)
+        if given is not None:
+            y.register_hook(lambda grad: grad.contiguous(memory_format=given))
     return y
-
-
-def _channels_last(grad: Tensor) -> Tensor:
-    return grad.contiguous(memory_format=torch.channels_last)

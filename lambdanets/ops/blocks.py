@@ -114,8 +114,8 @@ class Blocks:
         if self.part != (box[1:], seen[1:]):
             self.part = box[1:], seen[1:]
             used = self.weights.narrow(2, self.first, self.reach)
-            cut = _windows(used, box, seen, range(1, d))  # (k, u, offsets, block..., context...)
-            self.rows = cut.permute(*range(3, d + 2), 0, 1, 2, *range(d + 2, 2 * d + 1)).contiguous()
+            windows = _windows(used, box, seen, range(1, d))  # (k, u, offsets, block..., context...)
+            self.rows = windows.permute(*range(3, d + 2), 0, 1, 2, *range(d + 2, 2 * d + 1)).contiguous()
         k, u = self.weights.shape[:2]
         here = self.rows.narrow(d + 1, row + first - self.first, last - first)  # (block..., k, u, context...)
         return here.reshape(-1, k, u * math.prod([b - a for a, b in seen]))  # a view, if u = 1
