@@ -17,6 +17,7 @@ ROOMS = [
     {"ops.reference", "ops.content", "ops.blocks", "ops.fused_kernels"},
     {"ops.eager", "ops.fused"},
     {"ops.convolution"},
+    {"ops.fourier"},
     {"ops.strategies"},
     {"ops.tune"},
     {"ops.lambda_op"},

@@ -119,18 +119,23 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """A mapped axis joins the batch; where each has a kernel of its own, one after the other."""
-        size = info.batch_size
-        every = [
-            x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
-            for x, at in zip(inputs, in_dims, strict=True)
-        ]
-        *tensors, grid = every
-        if in_dims[2] is not None:
-            own = [_Convolution.apply(*(x if x is None else x[i] for x in tensors), grid) for i in range(size)]
-            return torch.stack(own), 0
-        q, values, _, lam_c = (x if x is None else x.flatten(0, 1) for x in tensors)
-        return _Convolution.apply(q, values, inputs[2], lam_c, grid).unflatten(0, (size, -1)), 0
+        return folded(_Convolution.apply, info, in_dims, inputs)
+
+
+def folded(apply: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """`vmap` of a function of (q, values, kernel, lam_c or None, ...): a mapped axis joins the batch; where each has a
+    kernel of its own, one after the other."""
+    size = info.batch_size
+    every = [
+        x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
+        for x, at in zip(inputs, in_dims, strict=True)
+    ]
+    tensors, rest = every[:4], every[4:]
+    if in_dims[2] is not None:
+        own = [apply(*(x if x is None else x[i] for x in tensors), *rest) for i in range(size)]
+        return torch.stack(own), 0
+    q, values, _, lam_c = (x if x is None else x.flatten(0, 1) for x in tensors)
+    return apply(q, values, inputs[2], lam_c, *rest).unflatten(0, (size, -1)), 0
 
 
 def _blocks(q: Tensor, values: Tensor) -> list[slice]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import convolution, eager, fused
+from . import convolution, eager, fourier, fused
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,26 @@ def _cost_conv(p: Problem, block: int) -> tuple[int, int, int]:
     return macs, (4 * p.b * lam + _ends(p)) * _itemsize(p), at_once * lam * _itemsize(p)
 
 
+def _cost_fourier(p: Problem, block: int) -> tuple[int, int, int]:
+    if p.table is None or p.grid is None or len(p.grid) != 2:
+        return 0, 0, 0
+    size = max(4, p.dtype.itemsize)  # 16 bits are computed in float32
+    (H, _), (r_y, r_x) = p.grid, fourier.cut(p.table, p.grid)
+    f = fourier.frame(p.k, p.u, p.grid, p.table, size)
+    pairs = 0  # of rows: a block's own and those that it reads
+    for first in range(0, H, f.rows):
+        last = min(H, first + f.rows)
+        pairs += (last - first) * (min(H, last + r_y // 2) - max(0, first - r_y // 2))
+    columns, lam = p.b * f.tiles * p.v, H * f.width * p.k  # λ's, for each of the columns
+    macs = columns * f.numbers * (H * f.read * p.u + 2 * pairs * p.k * p.u + H * f.width * p.k)
+    macs += p.k * p.u * r_y * r_x * f.numbers + columns * H * f.width * p.h * p.k
+    toeplitz = 2 * f.numbers * f.rows * p.k * (f.rows + r_y - 1) * p.u
+    X, Z = H * p.u * f.numbers, f.numbers * p.k  # for each of the columns; of one row
+    moved = 2 * columns * (2 * X + H * Z + 2 * lam) + toeplitz * (2 + H // f.rows)
+    at_once = convolution.examples(p.b * f.tiles, f.rows * f.width * p.k * p.v * size) * p.v
+    return macs, moved * size + _ends(p) * p.dtype.itemsize, max(toeplitz, at_once * max(X, f.rows * Z)) * size
+
+
 def _lambdas_why_not(p: Problem) -> str | None:
     if p.mask == "examples":
         return f"a mask that differs by example would need {p.b} expanded tables; scores applies it to s instead"
@@ -184,6 +204,12 @@ def _conv_why_not(p: Problem) -> str | None:
     if p.mask is not None:
         return "a mask by query cannot be written as one kernel"
     return None
+
+
+def _fourier_why_not(p: Problem) -> str | None:
+    if p.table is not None and len(p.grid or ()) != 2:
+        return f"it transforms the rows of a map (H, W), and got the grid {p.grid}"
+    return _conv_why_not(p)
 
 
 def _fused(p: eager.Position, block: int) -> Tensor:
@@ -204,6 +230,9 @@ STRATEGIES: dict[str, Strategy] = {
     "lambdas": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, False, "E (n,m,k,u), λ (b,n,k,v)"),
     "scores": Strategy(eager.scores, _cost_scores, _always, False, "E (n,m,k,u), s (b,h,n,m,u)"),
     "conv": Strategy(convolution.conv, _cost_conv, _conv_why_not, False, "some examples' λ (n,k,v)"),
+    "fourier": Strategy(
+        fourier.fourier, _cost_fourier, _fourier_why_not, False, "some rows' frequencies and λ (rows,W,k,v)"
+    ),
     "lambdas_chunked": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, True, "a block of E and of λ"),
     "scores_chunked": Strategy(eager.scores, _cost_scores, _always, True, "a block of E and of s"),
     # By name only: its kernels have run in Triton's interpreter and compiled for sm_90, never yet on a GPU.
@@ -230,7 +259,7 @@ class _Rates:
 
 
 def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_s: float) -> _Rates:
-    orders = ("lambdas", "scores", "conv", "fused")
+    orders = ("lambdas", "scores", "conv", "fourier", "fused")
     return _Rates(dict(zip(orders, macs, strict=True)), dict(zip(orders, moved, strict=True)), far, block_s)
 
 
@@ -239,14 +268,16 @@ _LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth o
 # and 2026-11-23, to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data
 # sheets, not measured yet.
 _RATES = {
-    ("cpu", False, False): _rates((1.7e11, 4.3e11, 4e11, 1e6), (4e10, 2.9e10, 2.4e10, 1e9), 3.3, 1.4e-4),
-    ("cpu", False, True): _rates((4.2e10, 4.8e10, 2.7e10, 1e6), (1e10, 1.1e10, 4.3e9, 1e9), 4.2, 5.7e-4),
-    ("cpu", True, False): _rates((1e12, 1e12, 8.7e11, 1e6), (3.3e10, 2.8e10, 1.2e10, 1e9), 2.9, 2.4e-4),
-    ("cpu", True, True): _rates((1.7e11, 9e11, 1.3e11, 1e6), (6.6e9, 5.4e9, 2.9e9, 1e9), 2.3, 1e-3),
-    ("cuda", False, False): _rates((2e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
-    ("cuda", False, True): _rates((7e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
-    ("cuda", True, False): _rates((2e14, 5e13, 5e13, 2e14), (4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
-    ("cuda", True, True): _rates((7e13, 2e13, 2e13, 6e13), (1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
+    ("cpu", False, False): _rates(
+        (2.1e11, 1.4e11, 4.7e11, 2.3e11, 1e6), (3.8e10, 8.2e10, 2e10, 3.1e10, 1e9), 3.2, 2e-4
+    ),
+    ("cpu", False, True): _rates((4.6e10, 4.9e10, 3e10, 4.5e10, 1e6), (1e10, 1.5e10, 5.3e9, 8.6e9, 1e9), 3.0, 5.3e-4),
+    ("cpu", True, False): _rates((1e12, 6.4e11, 6.6e11, 1.8e11, 1e6), (3.6e10, 3.4e10, 1.8e10, 3.2e10, 1e9), 2.4, 2e-4),
+    ("cpu", True, True): _rates((2e11, 8.6e11, 1.1e11, 3.9e10, 1e6), (5.5e9, 6.4e9, 3.6e9, 1.2e10, 1e9), 2.1, 9e-4),
+    ("cuda", False, False): _rates((2e13, 1e13, 1e13, 1e6, 2e13), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", False, True): _rates((7e12, 3e12, 3e12, 1e6, 6e12), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
+    ("cuda", True, False): _rates((2e14, 5e13, 5e13, 1e6, 2e14), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", True, True): _rates((7e13, 2e13, 2e13, 1e6, 6e13), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
 }
 _CACHE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
@@ -349,6 +380,6 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
             if cost.why_not is None and better and STRATEGIES[name].automatic:
                 best = cost
     if best.why_not is not None:
-        what = "no strategy" if strategy == "auto" else f"strategy {strategy!r}"
-        raise ValueError(f"{what} can run this problem: {best.why_not}\n{_plan(p, limit)}")
+        what = "no strategy can" if strategy == "auto" else f"strategy {strategy!r} cannot"
+        raise ValueError(f"{what} run this problem: {best.why_not}\n{_plan(p, limit)}")
     return best
