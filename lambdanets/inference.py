@@ -59,6 +59,7 @@ class FusedLambdaLayer(LambdaLayer):
 
     weight, bias   (q, k and v channels out, dim) and (channels out,), batch norms folded in
     expanded       E (n, m, k, u) for the maps seen last, where the plan's order reads it; KEPT_BYTES at most
+    kept           what another order makes of the table, see `lambda_op`
     """
 
     weight: Tensor
@@ -79,6 +80,7 @@ class FusedLambdaLayer(LambdaLayer):
             given = getattr(layer, name)
             self.register_buffer(name, None if given is None else given.detach())
         self.expanded: OrderedDict[Any, Tensor | None] = OrderedDict()
+        self.kept: dict[Any, Any] = {}
         self.eval()
 
     def train(self, mode: bool = True) -> "FusedLambdaLayer":
@@ -110,7 +112,7 @@ class FusedLambdaLayer(LambdaLayer):
             while len(self.expanded) > 64 or self._kept_bytes() > KEPT_BYTES:
                 self.expanded.popitem(last=False)
         E = self.expanded.get(key)
-        return {"table": self.table} if E is None else {"embeddings": E}
+        return {"table": self.table, "kept": self.kept} if E is None else {"embeddings": E}
 
     def _kept_bytes(self) -> int:
         return sum(t.nbytes for t in self.expanded.values() if t is not None)
@@ -130,10 +132,12 @@ class FusedLambdaLayer(LambdaLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLambdaLayer":
         self.expanded.clear()  # another device or dtype
+        self.kept.clear()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.expanded.clear()
+        self.kept.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
 

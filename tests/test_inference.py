@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lambdanets import LambdaLayer, LambdaLayer1d, LambdaLayer3d, create_model, fuse
 from lambdanets.inference import KEPT_BYTES, FusedLambdaLayer
+from lambdanets.ops import convolution
 
 
 def as_if_trained(model: nn.Module, *shape: int) -> Tensor:
@@ -155,6 +156,32 @@ def test_loading_other_weights_forgets_the_expanded_tables() -> None:
     a(x)
     a.load_state_dict(b.state_dict())
     assert torch.equal(a(x), want)
+
+
+def test_what_fourier_makes_of_a_table_is_kept_within_its_bound_and_forgotten_with_the_table(monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer, other = (LambdaLayer(16, scope=5, strategy="fourier").eval() for _ in range(2))
+    fused = fuse(layer)
+    x, wide = torch.randn(2, 16, 12, 9), torch.randn(1, 16, 7, 40)
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), layer(x))
+        torch.testing.assert_close(fused(wide), layer(wide))
+    first = list(fused.kept.values())
+    assert len(first) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        fused(x)
+    assert len(fused.kept) == 3  # the table was rounded
+    fused(x)
+    assert list(fused.kept.values())[:2] == first
+    monkeypatch.setattr(convolution, "BLOCK_BYTES", first[0].T.nbytes)
+    fused(torch.randn(1, 16, 11, 9))
+    assert sum(made.T.nbytes for made in fused.kept.values()) <= first[0].T.nbytes
+    fused.load_state_dict(fuse(other).state_dict())
+    torch.testing.assert_close(fused(x), other(x))
+    torch.testing.assert_close(fused.double()(x.double()), other.double()(x.double()), rtol=0, atol=1e-5)
+    x.requires_grad_()
+    fused, other = fused.float(), other.float()
+    torch.testing.assert_close(torch.autograd.grad(fused(x).sum(), x), torch.autograd.grad(other(x).sum(), x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

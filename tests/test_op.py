@@ -462,8 +462,8 @@ def test_fourier_works_on_some_rows_examples_and_tiles_at_a_time_and_is_exact(
     of_example = f.rows * f.width * case.k * case.v * wide.itemsize
     monkeypatch.setattr(convolution, "BLOCK_BYTES", step * of_example)
     monkeypatch.setattr(fourier, "frame", lambda *_: f)  # T would leave room for fewer rows
-    lambdas = fourier._Transform.lambdas
-    monkeypatch.setattr(fourier._Transform, "lambdas", lambda *a: blocks.append(lambdas(*a)) or blocks[-1])
+    lambdas = fourier._Matrices.lambdas
+    monkeypatch.setattr(fourier._Matrices, "lambdas", lambda *a: blocks.append(lambdas(*a)) or blocks[-1])
     t = case.tensors(dtype)
     y, ours, grad = forward_and_gradients(lambda t: case.run(t, None, "fourier"), t)
     assert y.dtype == dtype
@@ -485,11 +485,12 @@ def test_a_map_of_many_blocks_is_one_operation_to_a_compiler_and_unrolled_in_an_
         ops.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
         return make_boxed_func(graph.forward)
 
-    for strategy in ("lambdas_chunked", "scores_chunked"):
-        want, want_grads, dy = forward_and_gradients(lambda t, s=strategy: case.run(t, None, s, limit), t)
+    for strategy, op in (("lambdas_chunked", "contract"), ("scores_chunked", "contract"), ("fourier", "fourier")):
+        limit = limit if STRATEGIES[strategy].chunked else None
+        want, want_grads, dy = forward_and_gradients(lambda t, s=strategy, at=limit: case.run(t, None, s, at), t)
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda t, s=strategy: case.run(t, None, s, limit), fullgraph=True,
+            lambda t, s=strategy, at=limit: case.run(t, None, s, at), fullgraph=True,
             backend=aot_autograd(fw_compiler=backend, bw_compiler=backend),
         )  # fmt: skip
         got, grads, _ = forward_and_gradients(compiled, t, dy)
@@ -497,16 +498,17 @@ def test_a_map_of_many_blocks_is_one_operation_to_a_compiler_and_unrolled_in_an_
         for name, g in grads.items():
             torch.testing.assert_close(g, want_grads[name])
         forward, backward = ops[-2:]
-        assert forward.count("lambdanets.contract.default") == 1
-        assert backward.count("lambdanets.contract_gradients.default") == 1
+        assert forward.count(f"lambdanets.{op}.default") == 1
+        assert backward.count(f"lambdanets.{op}_gradients.default") == 1
         assert max(map(len, ops[-2:])) < 60
 
-    class Module(torch.nn.Module):
-        def forward(self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
-            return case.run({**t, "q": q, "keys": keys, "values": values, "table": table}, None, strategy, limit)
+        class Module(torch.nn.Module):
+            def forward(self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
+                given = {**t, "q": q, "keys": keys, "values": values, "table": table}
+                return case.run(given, None, strategy, limit)  # noqa: B023  (called in this turn)
 
-    exported = torch.export.export(Module(), tuple(t[n] for n in ("q", "keys", "values", "table")))
-    assert "lambdanets" not in str(exported.graph)  # it must run where we are not installed
+        exported = torch.export.export(Module(), tuple(t[n] for n in ("q", "keys", "values", "table")))
+        assert "lambdanets" not in str(exported.graph)  # it must run where we are not installed
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck reads it itself
@@ -517,6 +519,15 @@ def test_what_a_compiler_is_told_about_that_operation_is_true(strategy: str) -> 
     q, values, weights, lam_c = inputs
     torch.library.opcheck(torch.ops.lambdanets.contract, (q, values, weights, None, lam_c, *spec))
     torch.library.opcheck(torch.ops.lambdanets.contract, (q, values, weights, None, None, *spec))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_what_a_compiler_is_told_about_fourier_is_true() -> None:
+    sizes = (2, 12, 3, 2), (2, 12, 5, 2), (2, 2, 5, 3), (2, 2, 5)
+    *inputs, lam_c = [torch.randn(*s).double().requires_grad_() for s in sizes]
+    f = fourier.frame(2, 2, (3, 4), (5, 3), 8)
+    for content in (lam_c, None):
+        torch.library.opcheck(torch.ops.lambdanets.fourier, (*inputs, content, 3, list(f)))
 
 
 @pytest.mark.parametrize("context", [None, (300,)])

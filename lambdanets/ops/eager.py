@@ -31,6 +31,7 @@ class Position(NamedTuple):
     context_grid: tuple[int, ...]
     mask: Tensor | None  # (1 or b, n, m), True where query n sees context m
     lam_c: Tensor | None = None  # (b, k, v), the content lambda: applied in the same pass, since y is there
+    kept: dict[Any, Any] | None = None  # what was made of a table that never changes
 
 
 def lambdas(p: Position, block: int) -> Tensor:

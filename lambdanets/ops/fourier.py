@@ -16,7 +16,7 @@ The transform spreads rounding evenly over a row, so numbers of 16 bits are comp
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import convolution
-from .eager import Position
+from .eager import Position, exporting
 
 ROWS = 8  # of the map at a time: T has rows + r - 1 columns for r that are used, and each block is a call
 
@@ -93,7 +93,13 @@ def fourier(p: Position, block: int) -> Tensor:
         values = F.pad(values.unflatten(1, (H, W)), (0, 0, 0, 0, -f.first, after - f.first))
         values = values.unfold(2, f.read, f.width).permute(0, 2, 1, 5, 3, 4).reshape(b * f.tiles, H * f.read, v, u)
         lam_c = None if lam_c is None else lam_c.repeat_interleave(f.tiles, 0)
-    y = _Fourier.apply(q, values, kernel, lam_c, H, f)
+    inputs = q, values, kernel, lam_c
+    if torch.compiler.is_compiling() and not exporting():
+        y = _fourier_op(*inputs, H, f)
+    elif p.kept is None or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        y = _Fourier.apply(*inputs, H, f)
+    else:
+        y = _evaluated(q, values, lam_c, _matrices(kernel, H, f, p.q.dtype, p.kept))
     if f.tiles > 1:
         y = y.view(b, f.tiles, H, f.width, h, v).movedim(1, 2).reshape(b, H, -1, h, v)
         y = y[:, :, :W].reshape(b, n, h, v)
@@ -108,12 +114,7 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Frame) -> Tensor:
-        transform, y = _Transform(values, kernel, lam_c, H, f), q.new_empty(*q.shape[:3], values.shape[2])
-        for ex in transform.examples():
-            X = transform.analysed(values[ex])
-            for rows, here in transform.rows():
-                y[ex, here] = torch.matmul(q[ex, here].contiguous(), transform.lambdas(rows, X, ex))
-        return y
+        return _evaluated(q, values, lam_c, _Matrices(kernel, H, f))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,36 +124,8 @@ class _Fourier(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, values, kernel, lam_c = ctx.saved_tensors
-        needs_q, needs_values, needs_kernel, needs_content, *_ = ctx.needs_input_grad
-        transform = _Transform(values, kernel, lam_c, ctx.H, ctx.f)
-        grads_q: list[Tensor] = []
-        grads_values: list[Tensor] = []
-        grads_content: list[Tensor] = []
-        dT = None
-        for ex in transform.examples():
-            X, dX, dlam_c = transform.analysed(values[ex]), None, None
-            dq: list[Tensor] = []
-            for rows, here in transform.rows():
-                dy = grad[ex, here].contiguous()
-                if needs_q:
-                    dq.append(torch.matmul(dy, transform.lambdas(rows, X, ex).mT))
-                if not (needs_values or needs_kernel or needs_content):
-                    continue
-                dZ = transform.lambdas_grad(torch.matmul(q[ex, here].contiguous().mT, dy))
-                if needs_content and lam_c is not None:
-                    dlam_c = transform.content_grad(dZ, dlam_c)
-                if needs_values:
-                    dX = transform.analysed_grad(rows, dZ, X, dX)
-                if needs_kernel:
-                    dT = transform.toeplitz_grad(rows, dZ, X, dT)
-            grads_q += [torch.cat(dq, 1)] if dq else []
-            grads_values += [transform.values_grad(dX)] if dX is not None else []
-            grads_content += [dlam_c] if dlam_c is not None else []
         return (
-            torch.cat(grads_q) if grads_q else None,
-            torch.cat(grads_values) if grads_values else None,
-            None if dT is None else transform.kernel_grad(dT),
-            torch.cat(grads_content) if grads_content else None,
+            *_gradients(q, values, kernel, lam_c, grad, _Matrices(kernel, ctx.H, ctx.f), ctx.needs_input_grad),
             None,
             None,
         )
@@ -162,96 +135,155 @@ class _Fourier(torch.autograd.Function):
         return convolution.folded(_Fourier.apply, info, in_dims, inputs)
 
 
-class _Transform:
-    """The three matrices of a transform, what they are multiplied with, and the gradients of all that.
+def _evaluated(q: Tensor, values: Tensor, lam_c: Tensor | None, by: "_Matrices") -> Tensor:
+    y = q.new_empty(*q.shape[:3], values.shape[2])
+    for ex in by.examples(values):
+        X, constant = by.analysed(values[ex]), None if lam_c is None else by.constant(lam_c[ex])
+        for block in by.blocks:
+            lam = by.lambdas(block, X, constant, values.shape[2])
+            y[ex, block.queries] = torch.matmul(q[ex, block.queries].contiguous(), lam)
+    return y
+
+
+def _gradients(
+    q: Tensor,
+    values: Tensor,
+    kernel: Tensor,
+    lam_c: Tensor | None,
+    grad: Tensor,
+    by: "_Matrices",
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of the first four, those that are needed."""
+    needs_q, needs_values, needs_kernel, needs_content, *_ = needs
+    grads_q: list[Tensor] = []
+    grads_values: list[Tensor] = []
+    grads_content: list[Tensor] = []
+    dT = None
+    for ex in by.examples(values):
+        X, constant = by.analysed(values[ex]), None if lam_c is None else by.constant(lam_c[ex])
+        dq: list[Tensor] = []
+        dX = dconstant = None
+        for block in by.blocks:
+            dy = grad[ex, block.queries].contiguous()
+            if needs_q:
+                lam = by.lambdas(block, X, constant, values.shape[2])
+                dq.append(torch.matmul(dy, lam.mT))
+            if not (needs_values or needs_kernel or needs_content):
+                continue
+            dZ = by.lambdas_grad(torch.matmul(q[ex, block.queries].contiguous().mT, dy))
+            if needs_content:
+                part = by.constant_grad(dZ)
+                dconstant = part if dconstant is None else dconstant + part
+            if needs_values:
+                dX = by.analysed_grad(block, dZ, X, dX)
+            if needs_kernel:
+                dT = by.toeplitz_grad(block, dZ, X, dT)
+        grads_q += [torch.cat(dq, 1)] if dq else []
+        grads_values += [by.values_grad(dX, values)] if dX is not None else []
+        grads_content += [by.content_grad(dconstant, values)] if dconstant is not None else []
+    return (
+        torch.cat(grads_q) if grads_q else None,
+        torch.cat(grads_values) if grads_values else None,
+        None if dT is None else by.kernel_grad(dT),
+        torch.cat(grads_content) if grads_content else None,
+    )
+
+
+class _Block(NamedTuple):
+    """Some rows of the map: their queries, the part of X that they read, and of T, as a matrix and as it lies in T."""
+
+    queries: slice
+    read: slice
+    toeplitz: Tensor  # (w, 2·y·k, y·u·2)
+    rows: int
+    columns: slice
+
+
+class _Matrices:
+    """What a table becomes: the three matrices, T cut into blocks, and how to go through them and back.
 
     Shapes: s examples, w of N // 2 + 1 frequencies, 2 for real and imaginary, y rows, x columns.
     """
 
-    def __init__(self, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Frame) -> None:
-        self.b, _, self.v, self.u = values.shape
-        self.lam_c, self.H, self.f = lam_c, H, f
-        self.k, _, self.r_y, r_x = kernel.shape
-        self.into, self.back, self.of_table = _matrices(f, r_x, kernel)
+    def __init__(self, kernel: Tensor, H: int, f: Frame) -> None:
+        self.H, self.f = H, f
+        self.k, self.u, self.r_y, r_x = kernel.shape
+        self.into, self.back, self.of_table = _waves(f, r_x, kernel)
         re, im = (kernel @ self.of_table).unflatten(3, (-1, 2)).permute(4, 3, 0, 2, 1)  # (w, k, r_y, u) each
         both = torch.stack([torch.stack([re, -im], 4), torch.stack([im, re], 4)], 1)  # (w, 2, k, r_y, u, 2)
         # (w, 2, y, k, rows + r_y - 1, u, 2): from the last three to the others
         self.T = both.new_zeros(both.shape[0], 2, f.rows, self.k, f.rows + self.r_y - 1, self.u, 2)
         for i in range(f.rows):
             self.T[:, :, i, :, i : i + self.r_y] = both
+        self.blocks = [self._block(first, min(H, first + f.rows)) for first in range(0, H, f.rows)]
 
-    def examples(self) -> list[slice]:
+    def _block(self, first: int, last: int) -> _Block:
+        half, rows = self.r_y // 2, last - first
+        start, stop = max(0, first - half), min(self.H, last + half)
+        columns = slice(start - first + half, stop - first + half)
+        toeplitz = self.T[:, :, :rows, :, columns].flatten(4).flatten(1, 3)
+        read = slice(start * self.u * 2, stop * self.u * 2)
+        return _Block(slice(first * self.f.width, last * self.f.width), read, toeplitz, rows, columns)
+
+    def examples(self, values: Tensor) -> list[slice]:
         """All together in a graph being compiled, which a loop would tie to one batch."""
         if torch.compiler.is_compiling():
             return [slice(None)]
-        step = convolution.examples(self.b, self.f.rows * self.f.width * self.k * self.v * self.T.itemsize)
-        return [slice(lo, lo + step) for lo in range(0, self.b, step)]
-
-    def rows(self) -> Iterator[tuple[tuple[int, int], slice]]:
-        """Blocks of rows and the queries in them."""
-        for first in range(0, self.H, self.f.rows):
-            last = min(self.H, first + self.f.rows)
-            yield (first, last), slice(first * self.f.width, last * self.f.width)
-
-    def _reach(self, rows: tuple[int, int]) -> tuple[int, int, int]:
-        """Rows of V that a block reads, and T's column for the first of them."""
-        first, last, half = *rows, self.r_y // 2
-        return max(0, first - half), min(self.H, last + half), max(0, half - first)
-
-    def _toeplitz(self, rows: tuple[int, int]) -> Tensor:
-        """(w, 2·y·k, y·u·2)"""
-        start, stop, at = self._reach(rows)
-        return self.T[:, :, : rows[1] - rows[0], :, at : at + stop - start].flatten(4).flatten(1, 3)
-
-    def _read(self, rows: tuple[int, int], X: Tensor) -> Tensor:
-        start, stop, _ = self._reach(rows)
-        return X[:, start * self.u * 2 : stop * self.u * 2]
+        b, _, v, _ = values.shape
+        step = convolution.examples(b, self.f.rows * self.f.width * self.k * v * values.itemsize)
+        return [slice(lo, lo + step) for lo in range(0, b, step)]
 
     def analysed(self, values: Tensor) -> Tensor:
         """V (s, H·read, v, u) -> X (w, y·u·2, s·v)."""
-        lines = values.reshape(-1, self.f.read, self.v * self.u)
+        v, u = values.shape[2:]
+        lines = values.reshape(-1, self.f.read, v * u)
         X = torch.bmm(self.into.expand(lines.shape[0], -1, -1), lines)
-        X = X.view(-1, self.H, self.f.numbers // 2, 2, self.v, self.u).permute(2, 1, 5, 3, 0, 4)
-        return X.reshape(self.f.numbers // 2, self.H * self.u * 2, -1)
+        X = X.view(-1, self.H, self.f.numbers // 2, 2, v, u).permute(2, 1, 5, 3, 0, 4)
+        return X.reshape(self.f.numbers // 2, self.H * u * 2, -1)
 
-    def values_grad(self, dX: Tensor) -> Tensor:
-        dX = dX.view(self.f.numbers // 2, self.H, self.u, 2, -1, self.v).permute(4, 1, 0, 3, 5, 2)
-        lines = dX.reshape(-1, self.f.numbers, self.v * self.u)
+    def values_grad(self, dX: Tensor, values: Tensor) -> Tensor:
+        v, u = values.shape[2:]
+        dX = dX.view(self.f.numbers // 2, self.H, u, 2, -1, v).permute(4, 1, 0, 3, 5, 2)
+        lines = dX.reshape(-1, self.f.numbers, v * u)
         lines = torch.bmm(self.into.mT.expand(lines.shape[0], -1, -1), lines)
-        return lines.view(-1, self.H * self.f.read, self.v, self.u)
+        return lines.view(-1, self.H * self.f.read, v, u)
 
-    def lambdas(self, rows: tuple[int, int], X: Tensor, ex: slice) -> Tensor:
+    def constant(self, lam_c: Tensor) -> Tensor:
+        """λc (s, k, v) at frequency 0, of which 1/N comes back, (k, s·v)."""
+        return (self.f.N * lam_c.transpose(0, 1)).flatten(1)
+
+    def constant_grad(self, dZ: Tensor) -> Tensor:
+        return dZ[0, : dZ.shape[1] // 2].view(-1, self.k, dZ.shape[2]).sum(0)
+
+    def content_grad(self, dconstant: Tensor, values: Tensor) -> Tensor:
+        return self.f.N * dconstant.unflatten(1, (-1, values.shape[2])).transpose(0, 1)
+
+    def lambdas(self, block: _Block, X: Tensor, constant: Tensor | None, v: int) -> Tensor:
         """λ + λc of some rows, (s, y·x, k, v)."""
-        Z = torch.bmm(self._toeplitz(rows), self._read(rows, X))  # (w, 2·y·k, s·v)
-        if self.lam_c is not None:  # 1/N comes back of what is put in at frequency 0
-            constant = Z[0, : Z.shape[1] // 2].unflatten(1, (-1, self.v)).unflatten(0, (-1, self.k))  # (y, k, s, v)
-            constant += self.f.N * self.lam_c[ex].transpose(0, 1)
+        Z = torch.bmm(block.toeplitz, X[:, block.read])  # (w, 2·y·k, s·v)
+        if constant is not None:
+            Z[0, : Z.shape[1] // 2].view(-1, *constant.shape).add_(constant)
         lam = self.back @ Z.view(self.f.numbers, -1)
-        lam = lam.view(self.f.width, rows[1] - rows[0], self.k, -1, self.v)
-        return lam.permute(3, 1, 0, 2, 4).flatten(1, 2)
+        return lam.view(self.f.width, block.rows, self.k, -1, v).permute(3, 1, 0, 2, 4).flatten(1, 2)
 
     def lambdas_grad(self, dlam: Tensor) -> Tensor:
         """(s, y·x, k, v) -> dZ (w, 2·y·k, s·v)."""
+        s, v = dlam.shape[0], dlam.shape[3]
         dlam = dlam.unflatten(1, (-1, self.f.width)).permute(2, 1, 3, 0, 4)
         dZ = self.back.mT @ dlam.reshape(self.f.width, -1)
-        return dZ.view(self.f.numbers // 2, -1, dlam.shape[3] * self.v)
+        return dZ.view(self.f.numbers // 2, -1, s * v)
 
-    def content_grad(self, dZ: Tensor, total: Tensor | None) -> Tensor:
-        part = self.f.N * dZ[0, : dZ.shape[1] // 2].view(-1, self.k, dZ.shape[2]).sum(0)
-        part = part.unflatten(1, (-1, self.v)).transpose(0, 1)
-        return part if total is None else total + part
-
-    def analysed_grad(self, rows: tuple[int, int], dZ: Tensor, X: Tensor, total: Tensor | None) -> Tensor:
-        part = torch.bmm(self._toeplitz(rows).mT, dZ)
+    def analysed_grad(self, block: _Block, dZ: Tensor, X: Tensor, total: Tensor | None) -> Tensor:
+        part = torch.bmm(block.toeplitz.mT, dZ)
         total = part.new_zeros(X.shape) if total is None else total
-        self._read(rows, total).add_(part)
+        total[:, block.read].add_(part)
         return total
 
-    def toeplitz_grad(self, rows: tuple[int, int], dZ: Tensor, X: Tensor, total: Tensor | None) -> Tensor:
-        part = torch.bmm(dZ, self._read(rows, X).mT)
+    def toeplitz_grad(self, block: _Block, dZ: Tensor, X: Tensor, total: Tensor | None) -> Tensor:
+        part = torch.bmm(dZ, X[:, block.read].mT)
         total = part.new_zeros(self.T.shape) if total is None else total
-        start, stop, at = self._reach(rows)
-        here = total[:, :, : rows[1] - rows[0], :, at : at + stop - start]
+        here = total[:, :, : block.rows, :, block.columns]
         here.add_(part.view(here.shape))
         return total
 
@@ -263,7 +295,19 @@ class _Transform:
         return torch.stack([re, im], 4).permute(1, 3, 2, 0, 4).flatten(3) @ self.of_table.mT
 
 
-def _matrices(f: Frame, r_x: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(kernel: Tensor, H: int, f: Frame, dtype: torch.dtype, kept: dict[Any, Any]) -> _Matrices:
+    """Made once of a table that never changes, and kept while BLOCK_BYTES of T have room."""
+    key = "fourier", H, f, dtype  # a table of 16 bits, widened, is another table
+    made: _Matrices | None = kept.get(key)
+    if made is None:
+        made = kept[key] = _Matrices(kernel, H, f)
+        for oldest in list(kept):
+            if sum(x.T.nbytes for x in list(kept.values())) > convolution.BLOCK_BYTES:
+                kept.pop(oldest, None)
+    return made
+
+
+def _waves(f: Frame, r_x: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A (2·w, read), S (width, 2·w), and (r_x, 2·w) for the table, which is not turned round as by a convolution."""
     half = r_x // 2
     wide: Any = {"dtype": torch.float64, "device": like.device}
@@ -276,3 +320,45 @@ def _matrices(f: Frame, r_x: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]
     of_table = waves[: 2 * half + 1].flip(0).flatten(1).to(like)
     into = waves[half + f.first : half + f.first + f.read].flatten(1).to(like)
     return into.mT, back.flatten(1).to(like), of_table
+
+
+# One operation to a compiler: unrolled it is slow to compile, and twice as slow to run on a map of 64 x 64.
+
+
+@torch.library.custom_op("lambdanets::fourier", mutates_args=())
+def _fourier_op(
+    q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Sequence[int]
+) -> Tensor:  # fmt: skip
+    return _evaluated(q, values, lam_c, _Matrices(kernel, H, Frame(*f)))
+
+
+@torch.library.custom_op("lambdanets::fourier_gradients", mutates_args=())
+def _gradients_op(
+    q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Sequence[int], grad: Tensor
+) -> list[Tensor]:
+    needs = True, True, True, lam_c is not None
+    every = _gradients(q, values, kernel, lam_c, grad, _Matrices(kernel, H, Frame(*f)), needs)
+    return [g.contiguous() for g in every if g is not None]
+
+
+@_fourier_op.register_fake
+def _(q: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], values.shape[2])
+
+
+@_gradients_op.register_fake
+def _(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, values, kernel, lam_c) if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.H, ctx.f = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dvalues, dkernel, *rest = _gradients_op(*ctx.saved_tensors, ctx.H, ctx.f, grad)
+    return dq, dvalues, dkernel, rest[0] if rest else None, None, None
+
+
+_fourier_op.register_autograd(_backward, setup_context=_save)

@@ -5,6 +5,7 @@ y[b,n,h,v] = Σ_k q[b,n,h,k] · Σ_{m,u} (K̄[b,m,k,u] + E[n,m,k,u]) · V[b,m,v,
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def lambda_op(
     key_norm: str = "softmax",
     strategy: str = "auto",
     memory_limit_bytes: int | None = None,
+    kept: dict[Any, Any] | None = None,
 ) -> Tensor:
     """Turn the context into one linear function per query and apply it (paper, section 3).
 
@@ -53,6 +55,9 @@ def lambda_op(
                         met (`ops/tune.py`; in a graph being compiled, as "auto"); a name from STRATEGIES forces that
                         one, or raises
     memory_limit_bytes  no intermediate of the position part may be larger
+    kept                a dictionary of the caller's for one table that never changes, as in `fuse`: without gradients,
+                        what a strategy makes of the table stays there for the next call, 8 MiB at most. Nobody looks
+                        whether the table is the same
     returns             (b, n, h, v), dtype of the inputs (under autocast, the autocast dtype)
 
     Every strategy is exact. Sums run in float32 or better; float16 is computed in float32 and rounded once.
@@ -83,8 +88,9 @@ def lambda_op(
     if result == torch.float16 and cost.strategy != "fused":  # a partial sum may overflow where the result does not
         q, values = q.float(), values.float()
         keys, table, embeddings = (None if t is None else t.float() for t in (keys, table, embeddings))
+        kept = None  # its keys could not tell this table from one of float32
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        y = _evaluate(problem, cost, q, keys, values, table, embeddings, mask, key_norm)
+        y = _evaluate(problem, cost, q, keys, values, table, embeddings, mask, key_norm, kept)
     return y.to(result)
 
 
@@ -98,6 +104,7 @@ def _evaluate(
     embeddings: Tensor | None,
     mask: Tensor | None,
     key_norm: str,
+    kept: dict[Any, Any] | None,
 ) -> Tensor:
     padding = None  # (1 or b, 1, m): what every query sees
     if mask is not None:
@@ -127,7 +134,7 @@ def _evaluate(
         elif p.causal and embeddings is not None:
             embeddings = torch.where(_lower(p.n, q.device)[..., None, None], embeddings, 0)
         grids = p.grid or (p.n,), p.context_grid or (p.m,)
-        position = eager.Position(q, values, table, embeddings, *grids, mask, lam_c)
+        position = eager.Position(q, values, table, embeddings, *grids, mask, lam_c, kept)
         at = STRATEGIES[cost.strategy].run(position, cost.block)
         y = at if y is None else y + at
     elif lam_c is not None:
