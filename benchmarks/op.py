@@ -42,7 +42,7 @@ SHAPES = [  # map side, channels, scope (None: global), batch
     (7, 512, None, 8), (14, 256, None, 8), (28, 128, None, 8), (64, 256, None, 2),
 ]  # fmt: skip
 BUDGET_BYTES = 6 << 30  # what a contender may allocate at once here
-HOPELESS = 8  # a contender predicted to take this many times the best one's time is left out: minutes for one cell
+HOPELESS = 8, 1.0  # a contender predicted to take so many times the best one's time, and so many seconds, is left out
 
 
 def truth(layer: LambdaLayer, x: Tensor, queries: Tensor) -> Tensor:
@@ -239,7 +239,9 @@ def _worth(
     if cost is not None and cost.why_not is not None:
         return False
     order = costs.get(PEERS.get(name, name))
-    if order is not None and order.seconds > HOPELESS * min(c.seconds for c in costs.values() if not c.why_not):
+    times, seconds = HOPELESS
+    best = min(c.seconds for c in costs.values() if not c.why_not)
+    if order is not None and order.seconds > max(times * best, seconds):
         return False
     expands = name in ("plain einsum", "lambdas", "scores") or (name == "timm" and scope is None)
     copies = batch if name == "timm" else 1  # timm expands the table for every example

@@ -629,6 +629,31 @@ def test_a_memory_limit_rules_out_and_a_forced_strategy_that_cannot_run_raises()
         masked.run(masked.tensors(), masked.mask_tensor(), "lambdas")
 
 
+def test_what_is_kept_of_a_table_is_used_again_and_never_for_numbers_of_another_kind() -> None:
+    t, kept = Case((9, 8), (5, 5)).tensors(torch.float32), {}
+
+    def run(dtype: torch.dtype, at: dict | None) -> Tensor:
+        low = [t[name].to(dtype) for name in ("q", "keys", "values")]
+        return lambda_op(*low, table=t["table"].to(dtype), grid=(9, 8), strategy="fourier", kept=at)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(run(dtype, kept), run(dtype, None))
+    made = list(kept.values())
+    assert [m.T.dtype for m in made] == [torch.float32, torch.float32, torch.float64]  # none of float16
+    t["table"] = t["table"] + 1
+    assert torch.equal(run(torch.float32, kept), run(torch.float32, {next(iter(kept)): made[0]}))  # nobody looks
+    assert list(kept.values()) == made
+
+
+def test_fourier_is_offered_on_a_cpu_and_only_named_on_a_gpu() -> None:
+    sizes = {"grid": (64, 64), "context_grid": (64, 64), "table": (127, 127)}
+    here, there = (plan(Problem(2, 4096, 4096, 4, 16, 64, device=d, **sizes)) for d in ("cpu", "cuda"))
+    assert here[0].strategy == "fourier"
+    runs_there = [c.strategy for c in there if c.why_not is None]
+    assert runs_there[-2:] in (["fourier", "fused"], ["fused", "fourier"]) or runs_there[-1] == "fourier"
+    assert next(c for c in there if c.strategy == "fourier").seconds < 1
+
+
 # --- PyTorch's transformations --------------------------------------------------------------------------------------
 
 

@@ -82,10 +82,8 @@ def fourier(p: Position, block: int) -> Tensor:
     kernel = p.table.permute(2, 3, 0, 1)  # (k, u, r_y, r_x)
     for axis, side in enumerate(cut(tuple(kernel.shape[2:]), p.grid), start=2):
         kernel = kernel.narrow(axis, (kernel.shape[axis] - side) // 2, side)
-    wide = torch.float64 if p.q.dtype == torch.float64 else torch.float32
-    q, values, kernel = p.q.to(wide), p.values.to(wide), kernel.to(wide)
-    lam_c = None if p.lam_c is None else p.lam_c.to(wide)
-    f = frame(k, u, p.grid, tuple(kernel.shape[2:]), wide.itemsize)
+    q, values, lam_c = p.q, p.values, p.lam_c
+    f = frame(k, u, p.grid, tuple(kernel.shape[2:]), _wide(kernel).itemsize)
     after = f.tiles * f.width - W
     if f.tiles > 1:  # each tile is an example
         q = F.pad(q.unflatten(1, (H, W)), (0, 0, 0, 0, 0, after)).unflatten(2, (f.tiles, f.width))
@@ -99,11 +97,11 @@ def fourier(p: Position, block: int) -> Tensor:
     elif p.kept is None or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         y = _Fourier.apply(*inputs, H, f)
     else:
-        y = _evaluated(q, values, lam_c, _matrices(kernel, H, f, p.q.dtype, p.kept))
+        y = _evaluated(q, values, lam_c, _matrices(kernel, H, f, p.kept))
     if f.tiles > 1:
         y = y.view(b, f.tiles, H, f.width, h, v).movedim(1, 2).reshape(b, H, -1, h, v)
         y = y[:, :, :W].reshape(b, n, h, v)
-    return y.to(p.q.dtype)
+    return y
 
 
 class _Fourier(torch.autograd.Function):
@@ -141,7 +139,7 @@ def _evaluated(q: Tensor, values: Tensor, lam_c: Tensor | None, by: "_Matrices")
         X, constant = by.analysed(values[ex]), None if lam_c is None else by.constant(lam_c[ex])
         for block in by.blocks:
             lam = by.lambdas(block, X, constant, values.shape[2])
-            y[ex, block.queries] = torch.matmul(q[ex, block.queries].contiguous(), lam)
+            y[ex, block.queries] = torch.matmul(by.widened(q[ex, block.queries]), lam)
     return y
 
 
@@ -165,13 +163,14 @@ def _gradients(
         dq: list[Tensor] = []
         dX = dconstant = None
         for block in by.blocks:
-            dy = grad[ex, block.queries].contiguous()
+            dy = by.widened(grad[ex, block.queries])
             if needs_q:
                 lam = by.lambdas(block, X, constant, values.shape[2])
-                dq.append(torch.matmul(dy, lam.mT))
+                dq.append(torch.matmul(dy, lam.mT).to(q.dtype))
+                del lam
             if not (needs_values or needs_kernel or needs_content):
                 continue
-            dZ = by.lambdas_grad(torch.matmul(q[ex, block.queries].contiguous().mT, dy))
+            dZ = by.lambdas_grad(torch.matmul(by.widened(q[ex, block.queries]).mT, dy))
             if needs_content:
                 part = by.constant_grad(dZ)
                 dconstant = part if dconstant is None else dconstant + part
@@ -180,12 +179,12 @@ def _gradients(
             if needs_kernel:
                 dT = by.toeplitz_grad(block, dZ, X, dT)
         grads_q += [torch.cat(dq, 1)] if dq else []
-        grads_values += [by.values_grad(dX, values)] if dX is not None else []
-        grads_content += [by.content_grad(dconstant, values)] if dconstant is not None else []
+        grads_values += [by.values_grad(dX, values).to(values.dtype)] if dX is not None else []
+        grads_content += [by.content_grad(dconstant, values).to(values.dtype)] if dconstant is not None else []
     return (
         torch.cat(grads_q) if grads_q else None,
         torch.cat(grads_values) if grads_values else None,
-        None if dT is None else by.kernel_grad(dT),
+        None if dT is None else by.kernel_grad(dT).to(kernel.dtype),
         torch.cat(grads_content) if grads_content else None,
     )
 
@@ -209,6 +208,7 @@ class _Matrices:
     def __init__(self, kernel: Tensor, H: int, f: Frame) -> None:
         self.H, self.f = H, f
         self.k, self.u, self.r_y, r_x = kernel.shape
+        kernel = kernel.to(_wide(kernel))
         self.into, self.back, self.of_table = _waves(f, r_x, kernel)
         re, im = (kernel @ self.of_table).unflatten(3, (-1, 2)).permute(4, 3, 0, 2, 1)  # (w, k, r_y, u) each
         both = torch.stack([torch.stack([re, -im], 4), torch.stack([im, re], 4)], 1)  # (w, 2, k, r_y, u, 2)
@@ -231,13 +231,16 @@ class _Matrices:
         if torch.compiler.is_compiling():
             return [slice(None)]
         b, _, v, _ = values.shape
-        step = convolution.examples(b, self.f.rows * self.f.width * self.k * v * values.itemsize)
+        step = convolution.examples(b, self.f.rows * self.f.width * self.k * v * self.T.itemsize)
         return [slice(lo, lo + step) for lo in range(0, b, step)]
+
+    def widened(self, x: Tensor) -> Tensor:
+        return x.to(self.T.dtype).contiguous()
 
     def analysed(self, values: Tensor) -> Tensor:
         """V (s, H·read, v, u) -> X (w, y·u·2, s·v)."""
         v, u = values.shape[2:]
-        lines = values.reshape(-1, self.f.read, v * u)
+        lines = values.to(self.T.dtype).reshape(-1, self.f.read, v * u)
         X = torch.bmm(self.into.expand(lines.shape[0], -1, -1), lines)
         X = X.view(-1, self.H, self.f.numbers // 2, 2, v, u).permute(2, 1, 5, 3, 0, 4)
         return X.reshape(self.f.numbers // 2, self.H * u * 2, -1)
@@ -251,7 +254,7 @@ class _Matrices:
 
     def constant(self, lam_c: Tensor) -> Tensor:
         """λc (s, k, v) at frequency 0, of which 1/N comes back, (k, s·v)."""
-        return (self.f.N * lam_c.transpose(0, 1)).flatten(1)
+        return (self.f.N * lam_c.to(self.T.dtype).transpose(0, 1)).flatten(1)
 
     def constant_grad(self, dZ: Tensor) -> Tensor:
         return dZ[0, : dZ.shape[1] // 2].view(-1, self.k, dZ.shape[2]).sum(0)
@@ -295,9 +298,13 @@ class _Matrices:
         return torch.stack([re, im], 4).permute(1, 3, 2, 0, 4).flatten(3) @ self.of_table.mT
 
 
-def _matrices(kernel: Tensor, H: int, f: Frame, dtype: torch.dtype, kept: dict[Any, Any]) -> _Matrices:
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _matrices(kernel: Tensor, H: int, f: Frame, kept: dict[Any, Any]) -> _Matrices:
     """Made once of a table that never changes, and kept while BLOCK_BYTES of T have room."""
-    key = "fourier", H, f, dtype  # a table of 16 bits, widened, is another table
+    key = "fourier", H, f, kernel.dtype
     made: _Matrices | None = kept.get(key)
     if made is None:
         made = kept[key] = _Matrices(kernel, H, f)

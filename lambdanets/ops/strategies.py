@@ -106,7 +106,10 @@ class Strategy:
     why_not: Callable[[Problem], str | None]
     chunked: bool
     builds: str
-    automatic: bool = True  # "auto" may take it
+    automatic: tuple[str, ...] = ("cpu", "cuda")  # devices on which "auto" may take it
+
+    def offered(self, p: Problem) -> bool:
+        return (p.device if p.device == "cpu" else "cuda") in self.automatic
 
 
 def _itemsize(p: Problem) -> int:
@@ -231,12 +234,12 @@ STRATEGIES: dict[str, Strategy] = {
     "scores": Strategy(eager.scores, _cost_scores, _always, False, "E (n,m,k,u), s (b,h,n,m,u)"),
     "conv": Strategy(convolution.conv, _cost_conv, _conv_why_not, False, "some examples' λ (n,k,v)"),
     "fourier": Strategy(
-        fourier.fourier, _cost_fourier, _fourier_why_not, False, "some rows' frequencies and λ (rows,W,k,v)"
-    ),
+        fourier.fourier, _cost_fourier, _fourier_why_not, False, "some rows' frequencies and λ (rows,W,k,v)", ("cpu",)
+    ),  # on a GPU by name: it was never timed there
     "lambdas_chunked": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, True, "a block of E and of λ"),
     "scores_chunked": Strategy(eager.scores, _cost_scores, _always, True, "a block of E and of s"),
     # By name only: its kernels have run in Triton's interpreter and compiled for sm_90, never yet on a GPU.
-    "fused": Strategy(_fused, _cost_fused, fused.why_not, False, "nothing", automatic=False),
+    "fused": Strategy(_fused, _cost_fused, fused.why_not, False, "nothing", automatic=()),
 }
 
 
@@ -274,10 +277,10 @@ _RATES = {
     ("cpu", False, True): _rates((4.6e10, 4.9e10, 3e10, 4.5e10, 1e6), (1e10, 1.5e10, 5.3e9, 8.6e9, 1e9), 3.0, 5.3e-4),
     ("cpu", True, False): _rates((1e12, 6.4e11, 6.6e11, 1.8e11, 1e6), (3.6e10, 3.4e10, 1.8e10, 3.2e10, 1e9), 2.4, 2e-4),
     ("cpu", True, True): _rates((2e11, 8.6e11, 1.25e11, 3.2e10, 1e6), (5.5e9, 6.4e9, 3.6e9, 9e9, 1e9), 2.1, 9e-4),
-    ("cuda", False, False): _rates((2e13, 1e13, 1e13, 1e6, 2e13), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
-    ("cuda", False, True): _rates((7e12, 3e12, 3e12, 1e6, 6e12), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
-    ("cuda", True, False): _rates((2e14, 5e13, 5e13, 1e6, 2e14), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
-    ("cuda", True, True): _rates((7e13, 2e13, 2e13, 1e6, 6e13), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
+    ("cuda", False, False): _rates((2e13, 1e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", False, True): _rates((7e12, 3e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
+    ("cuda", True, False): _rates((2e14, 5e13, 5e13, 1e13, 2e14), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
+    ("cuda", True, True): _rates((7e13, 2e13, 2e13, 3e12, 6e13), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
 }
 _CACHE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
@@ -361,7 +364,7 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
 def _plan(p: Problem, limit: int | None) -> Plan:
     costs = [_price(p, name, limit) for name in STRATEGIES]
     return Plan(
-        p, sorted(costs, key=lambda c: (c.why_not is not None, not STRATEGIES[c.strategy].automatic, c.seconds))
+        p, sorted(costs, key=lambda c: (c.why_not is not None, not STRATEGIES[c.strategy].offered(p), c.seconds))
     )
 
 
@@ -379,7 +382,7 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
         for name in STRATEGIES:
             cost = _price(p, name, limit)
             better = best.why_not is not None or cost.seconds < best.seconds
-            if cost.why_not is None and better and STRATEGIES[name].automatic:
+            if cost.why_not is None and better and STRATEGIES[name].offered(p):
                 best = cost
     if best.why_not is not None:
         what = "no strategy can" if strategy == "auto" else f"strategy {strategy!r} cannot"

@@ -33,7 +33,7 @@ def _measure(p: Problem, limit: int | None) -> str:
     rows = plan(p, memory_limit_bytes=limit)
     if rows[0].why_not is not None:
         raise ValueError(f"no strategy can run this problem: {rows[0].why_not}\n{rows}")
-    usable = [c for c in rows if c.why_not is None and STRATEGIES[c.strategy].automatic]
+    usable = [c for c in rows if c.why_not is None and STRATEGIES[c.strategy].offered(p)]
     usable = [c for c in usable if c.seconds <= _HOPELESS * rows[0].seconds]
     if len(usable) < 2 or (p.table is None and not p.embeddings):
         return rows[0].strategy
