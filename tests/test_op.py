@@ -439,6 +439,26 @@ def test_conv_has_gradients_of_its_own_a_few_examples_at_a_time_and_they_are_exa
         assert error <= {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-2}[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lambdas_of_a_convolution_lie_as_they_are_read_whatever_the_strides_of_its_one_channel(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, lambdas = [], convolution._lambdas
+    monkeypatch.setattr(convolution, "_lambdas", lambda *a: made.append(lambdas(*a)) or made[-1])
+    wanted = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+    t = Case((6, 7), (3, 5), k=4).tensors(dtype)
+    table, values = t["table"], t["values"]
+    weight = table.permute(2, 3, 0, 1).reshape(4, 15).contiguous()
+    as_weight = weight.as_strided((4, 1, 3, 5), (15, 1, 5, 1)).permute(2, 3, 0, 1)  # a Conv3d's, turned
+    by_channel = values[..., 0].mT.contiguous().mT[..., None]
+    for R in (table, as_weight):
+        for V in (values, by_channel, values.clone().as_strided(values.shape, (*values.stride()[:3], 7))):
+            y = lambda_op(t["q"], None, V, table=R, grid=(6, 7), strategy="conv")
+            assert made.pop().is_contiguous(memory_format=wanted)
+            torch.testing.assert_close(y, lambda_op(t["q"], None, values, table=table, grid=(6, 7), strategy="conv"))
+            made.clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("case", "tiles"),

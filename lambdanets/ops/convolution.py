@@ -39,7 +39,9 @@ def conv(p: Position, block: int) -> Tensor:
     kernel = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
     # Offsets that no pair of positions has would only multiply padding.
     cut = [max(0, (r - 1) // 2 - (s - 1)) for r, s in zip(kernel.shape[2:], p.grid, strict=True)]
-    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)]).contiguous()
+    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)])
+    # One channel: a convolution takes the format of its output from strides that `contiguous` leaves as they are.
+    kernel = kernel.flatten(1).view(kernel.shape)
     if d == 2 and p.q.device.type == "cpu" and b > 0:
         return _Convolution.apply(p.q, p.values, kernel, p.lam_c, p.grid)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
@@ -150,11 +152,11 @@ def _blocks(q: Tensor, values: Tensor) -> list[slice]:
 def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:
     """(b, m, v, u) -> (b·v, u, H, W), in the memory format that the convolution shall have."""
     b, _, v, u = values.shape
+    if u == 1:  # only the stride of the one channel tells the formats apart
+        planes = values[..., 0].mT.reshape(b * v, *grid)
+        return planes[..., None].permute(0, 3, 1, 2) if channels_last else planes[:, None]
     if not channels_last:
         return values.permute(0, 2, 3, 1).reshape(b * v, u, *grid)
-    # One channel: only its stride, 1, tells the formats apart.
-    if u == 1:
-        return values[..., 0].mT.reshape(b * v, *grid)[..., None].permute(0, 3, 1, 2)
     return values.transpose(1, 2).reshape(b * v, *grid, u).permute(0, 3, 1, 2)
 
 
