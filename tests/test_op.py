@@ -649,6 +649,22 @@ def test_a_memory_limit_rules_out_and_a_forced_strategy_that_cannot_run_raises()
         masked.run(masked.tensors(), masked.mask_tensor(), "lambdas")
 
 
+def test_an_exported_graph_has_a_convolution_where_this_machine_would_take_frequencies() -> None:
+    case = Case((40, 40), (23, 23), h=4, k=16, v=8)
+    t = case.tensors(torch.float32)
+    sizes = {"grid": case.grid, "context_grid": case.grid, "table": case.table}
+    assert plan(Problem(8, 1600, 1600, 4, 16, 8, **sizes))[0].strategy == "fourier"
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
+            return case.run({**t, "q": q, "keys": keys, "values": values, "table": table}, None, "auto")
+
+    exported = torch.export.export(Module(), tuple(t[n] for n in ("q", "keys", "values", "table")))
+    assert "conv2d" in str(exported.graph)
+    got, want = exported.module()(*(t[n] for n in ("q", "keys", "values", "table"))), case.run(t, None, "auto")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
 def test_what_is_kept_of_a_table_is_used_again_and_never_for_numbers_of_another_kind() -> None:
     t, kept = Case((9, 8), (5, 5)).tensors(torch.float32), {}
 

@@ -376,10 +376,12 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     elif not torch.compiler.is_compiling():
         best = _plan(p, limit)[0]
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
+        names = list(STRATEGIES)
         if eager.exporting():
             p = replace(p, b=8)  # an exported graph serves any batch: its choice may not depend on this one
+            names.remove("fourier")  # a hundred nodes, for one convolution that every runtime has
         best = _price(p, "lambdas", limit)
-        for name in STRATEGIES:
+        for name in names:
             cost = _price(p, name, limit)
             better = best.why_not is not None or cost.seconds < best.seconds
             if cost.why_not is None and better and STRATEGIES[name].offered(p):
