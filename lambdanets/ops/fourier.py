@@ -12,7 +12,8 @@ N columns are transformed for W that are read, N = W + (r - 1)/2: the others tak
 (rows + r - 1) multiply-adds a number, where the convolution takes r². Wide maps are cut into overlapping tiles. The
 content lambda, the same at every position, joins Z at frequency 0 and costs nothing.
 
-The transform spreads rounding evenly over a row, so numbers of 16 bits are computed in float32 here.
+The transform spreads rounding over a row: it is relative to the row's largest numbers, not to each result's own. In
+float32 that is 1e-7; numbers of 16 bits are computed in float32.
 """
 
 import math
