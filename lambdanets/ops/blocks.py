@@ -70,7 +70,11 @@ def place(box: Box, grid: Sequence[int]) -> tuple[int, int]:
     start = 0
     for (first, _), side in zip(box, grid, strict=True):
         start = start * side + first
-    return start, start + math.prod([last - first for first, last in box])
+    return start, start + _points(box)
+
+
+def _points(box: Box) -> int:
+    return math.prod([stop - start for start, stop in box])
 
 
 def cut(x: Tensor, spec: Spec, seen: Box, axis: int) -> Tensor:
@@ -118,7 +122,7 @@ class Blocks:
             self.rows = windows.permute(*range(3, d + 2), 0, 1, 2, *range(d + 2, 2 * d + 1)).contiguous()
         k, u = self.weights.shape[:2]
         here = self.rows.narrow(d + 1, row + first - self.first, last - first)  # (block..., k, u, context...)
-        return here.reshape(-1, k, u * math.prod([b - a for a, b in seen]))  # a view, if u = 1
+        return here.reshape(_points(box), k, u * _points(seen))  # a view, if u = 1
 
 
 def _weights(spec: Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | None) -> Tensor:
@@ -129,7 +133,7 @@ def _weights(spec: Spec, weights: Tensor, box: Box, seen: Box, mask: Tensor | No
         k, u = weights.shape[:2]
         # (k, u, block..., context...) -> (block, k, u·m)
         weights = weights.permute(*range(2, d + 2), 0, 1, *range(d + 2, 2 * d + 2))
-        return weights.reshape(math.prod([b - a for a, b in box]), k, u * math.prod([b - a for a, b in seen]))
+        return weights.reshape(_points(box), k, u * _points(seen))
     ((start, stop),) = box
     if spec.source == "embeddings":
         return weights[start:stop].permute(0, 2, 1, 3).flatten(2)
