@@ -130,14 +130,16 @@ class FusedLambdaLayer(LambdaLayer):
         E = relative_embeddings(self.table.to(dtype), p.grid or (), p.context_grid)
         return E.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLambdaLayer":
-        self.expanded.clear()  # another device or dtype
+    def _forget(self) -> None:
+        self.expanded.clear()
         self.kept.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLambdaLayer":
+        self._forget()  # another device or dtype
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.expanded.clear()
-        self.kept.clear()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
 

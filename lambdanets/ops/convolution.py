@@ -33,13 +33,8 @@ SMALL_MAP = 60 * 60  # positions up to which dλ is the better kernel (64²: 4 t
 
 def conv(p: Position, block: int) -> Tensor:
     """λ as a convolution of V with the table as kernel, v folded into the batch, then y = q·λ."""
-    assert p.table is not None
     b, m, v, u = p.values.shape
-    d, k = len(p.grid), p.q.shape[3]
-    kernel = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
-    # Offsets that no pair of positions has would only multiply padding.
-    cut = [max(0, (r - 1) // 2 - (s - 1)) for r, s in zip(kernel.shape[2:], p.grid, strict=True)]
-    kernel = F.pad(kernel, [-c for c in reversed(cut) for _ in range(2)])
+    d, k, kernel = len(p.grid), p.q.shape[3], kernel_of(p).contiguous()
     # One channel: a convolution takes the format of its output from strides that `contiguous` leaves as they are.
     kernel = kernel.flatten(1).view(kernel.shape)
     if d == 2 and p.q.device.type == "cpu" and b > 0:
@@ -51,10 +46,33 @@ def conv(p: Position, block: int) -> Tensor:
     return y if p.lam_c is None else y + torch.einsum("bnhk,bkv->bnhv", p.q, p.lam_c)
 
 
+def kernel_of(p: Position) -> Tensor:
+    """The table as a kernel (k, u, r...), without the offsets that would only multiply padding."""
+    assert p.table is not None
+    d = len(p.grid)
+    kernel = p.table.permute(d, d + 1, *range(d))
+    for axis, side in enumerate(cut(tuple(kernel.shape[2:]), p.grid), start=2):
+        kernel = kernel.narrow(axis, (kernel.shape[axis] - side) // 2, side)
+    return kernel
+
+
+def cut(table: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Sides of a table without the offsets that no pair of positions has."""
+    return tuple(min(r, 2 * s - 1) for r, s in zip(table, grid, strict=True))
+
+
 def examples(b: int, bytes_each: int) -> int:
     """How many examples' λ to make at a time: as many as fit BLOCK_BYTES, in blocks of nearly the same size."""
     most = max(1, BLOCK_BYTES // max(1, bytes_each))
     return -(-b // max(1, -(-b // most)))
+
+
+def parts(b: int, bytes_each: int) -> list[slice]:
+    """The examples to work on together: all of them in a graph being compiled, which a loop would tie to one batch."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    step = examples(b, bytes_each)
+    return [slice(lo, lo + step) for lo in range(0, b, step)]
 
 
 class _Convolution(torch.autograd.Function):
@@ -62,10 +80,11 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, grid: tuple[int, ...]) -> Tensor:
-        b, n, h, _ = q.shape
+        b, n, h, k = q.shape
         apply = _by_key if q.dtype.itemsize >= 4 else _by_position
-        y = q.new_empty(b, h, values.shape[2], n)
-        for block in _blocks(q, values):
+        v = values.shape[2]
+        y = q.new_empty(b, h, v, n)
+        for block in parts(b, n * k * v * q.itemsize):
             apply(q[block], _lambdas(values[block], kernel, grid), None if lam_c is None else lam_c[block], y[block])
         return y.permute(0, 3, 1, 2)
 
@@ -78,12 +97,12 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, values, kernel, lam_c = ctx.saved_tensors
         needs_q, needs_values, needs_kernel, needs_content, _ = ctx.needs_input_grad
-        (H, W), (_, n, h, k), (v, u) = ctx.grid, q.shape, values.shape[2:]
+        (H, W), (b, n, h, k), (v, u) = ctx.grid, q.shape, values.shape[2:]
         # A sum over blocks is in float32 or better.
         exact = q.dtype == torch.float64
         wide = torch.float64 if exact else torch.float32
         grads_q, grads_values, grads_content, grad_kernel = [], [], [], None
-        for block in _blocks(q, values):
+        for block in parts(b, n * k * v * q.itemsize):
             part, dy = q[block].contiguous(), grad[block].contiguous()
             s = len(part)
             rows, dy_rows = part.flatten(1, 2), dy.flatten(1, 2)  # (s, n·h, k or v)
@@ -138,15 +157,6 @@ def folded(apply: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, .
         return torch.stack(own), 0
     q, values, _, lam_c = (x if x is None else x.flatten(0, 1) for x in tensors)
     return apply(q, values, inputs[2], lam_c, *rest).unflatten(0, (size, -1)), 0
-
-
-def _blocks(q: Tensor, values: Tensor) -> list[slice]:
-    """The examples to work on together: all of them in a graph being compiled, which a loop would tie to one batch."""
-    if torch.compiler.is_compiling():
-        return [slice(None)]
-    b, n, _, k = q.shape
-    step = examples(b, n * k * values.shape[2] * q.dtype.itemsize)
-    return [slice(lo, lo + step) for lo in range(0, b, step)]
 
 
 def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:

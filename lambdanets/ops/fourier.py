@@ -55,7 +55,7 @@ class Frame(NamedTuple):
 
 def frame(k: int, u: int, grid: tuple[int, ...], table: tuple[int, ...], itemsize: int) -> Frame:
     """The cheapest on a grid (H, W)."""
-    (H, W), (r_y, r_x) = grid, cut(table, grid)
+    (H, W), (r_y, r_x) = grid, convolution.cut(table, grid)
     half, reach = r_x // 2, min(H, ROWS + r_y - 1)
     tiles, width, read, N = 1, W, W, W + half
     for pieces in range(2, W // max(8, half) + 1):
@@ -69,20 +69,19 @@ def frame(k: int, u: int, grid: tuple[int, ...], table: tuple[int, ...], itemsiz
     return Frame(rows, tiles, width, read, 0 if tiles == 1 else -half, N)
 
 
-def cut(table: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Sides of a table without the offsets that no pair of positions has."""
-    return tuple(min(r, 2 * s - 1) for r, s in zip(table, grid, strict=True))
+def blocks(H: int, r_y: int, rows: int) -> list[tuple[int, int, int, int]]:
+    """Blocks of rows: the first and the one after the last, then the same of the rows of V that they read."""
+    half = r_y // 2
+    own = [(first, min(H, first + rows)) for first in range(0, H, rows)]
+    return [(first, last, max(0, first - half), min(H, last + half)) for first, last in own]
 
 
 def fourier(p: Position, block: int) -> Tensor:
     """λ by frequencies, some rows at a time, then y = q·λ."""
-    assert p.table is not None
     if p.q.shape[0] == 0:
         return convolution.conv(p, block)
     (H, W), (b, n, h, k), (v, u) = p.grid, p.q.shape, p.values.shape[2:]
-    kernel = p.table.permute(2, 3, 0, 1)  # (k, u, r_y, r_x)
-    for axis, side in enumerate(cut(tuple(kernel.shape[2:]), p.grid), start=2):
-        kernel = kernel.narrow(axis, (kernel.shape[axis] - side) // 2, side)
+    kernel = convolution.kernel_of(p)
     q, values, lam_c = p.q, p.values, p.lam_c
     f = frame(k, u, p.grid, tuple(kernel.shape[2:]), _wide(kernel).itemsize)
     after = f.tiles * f.width - W
@@ -123,11 +122,8 @@ class _Fourier(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, values, kernel, lam_c = ctx.saved_tensors
-        return (
-            *_gradients(q, values, kernel, lam_c, grad, _Matrices(kernel, ctx.H, ctx.f), ctx.needs_input_grad),
-            None,
-            None,
-        )
+        grads = _gradients(q, values, kernel, lam_c, ctx.H, ctx.f, grad, ctx.needs_input_grad)
+        return *grads, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -145,15 +141,11 @@ def _evaluated(q: Tensor, values: Tensor, lam_c: Tensor | None, by: "_Matrices")
 
 
 def _gradients(
-    q: Tensor,
-    values: Tensor,
-    kernel: Tensor,
-    lam_c: Tensor | None,
-    grad: Tensor,
-    by: "_Matrices",
+    q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Frame, grad: Tensor,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Of the first four, those that are needed."""
+    by = _Matrices(kernel, H, f)
     needs_q, needs_values, needs_kernel, needs_content, *_ = needs
     grads_q: list[Tensor] = []
     grads_values: list[Tensor] = []
@@ -217,23 +209,18 @@ class _Matrices:
         self.T = both.new_zeros(both.shape[0], 2, f.rows, self.k, f.rows + self.r_y - 1, self.u, 2)
         for i in range(f.rows):
             self.T[:, :, i, :, i : i + self.r_y] = both
-        self.blocks = [self._block(first, min(H, first + f.rows)) for first in range(0, H, f.rows)]
+        self.blocks = [self._block(*ends) for ends in blocks(H, self.r_y, f.rows)]
 
-    def _block(self, first: int, last: int) -> _Block:
+    def _block(self, first: int, last: int, start: int, stop: int) -> _Block:
         half, rows = self.r_y // 2, last - first
-        start, stop = max(0, first - half), min(self.H, last + half)
         columns = slice(start - first + half, stop - first + half)
         toeplitz = self.T[:, :, :rows, :, columns].flatten(4).flatten(1, 3)
         read = slice(start * self.u * 2, stop * self.u * 2)
         return _Block(slice(first * self.f.width, last * self.f.width), read, toeplitz, rows, columns)
 
     def examples(self, values: Tensor) -> list[slice]:
-        """All together in a graph being compiled, which a loop would tie to one batch."""
-        if torch.compiler.is_compiling():
-            return [slice(None)]
         b, _, v, _ = values.shape
-        step = convolution.examples(b, self.f.rows * self.f.width * self.k * v * self.T.itemsize)
-        return [slice(lo, lo + step) for lo in range(0, b, step)]
+        return convolution.parts(b, self.f.rows * self.f.width * self.k * v * self.T.itemsize)
 
     def widened(self, x: Tensor) -> Tensor:
         return x.to(self.T.dtype).contiguous()
@@ -334,9 +321,7 @@ def _waves(f: Frame, r_x: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("lambdanets::fourier", mutates_args=())
-def _fourier_op(
-    q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Sequence[int]
-) -> Tensor:  # fmt: skip
+def _fourier_op(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Sequence[int]) -> Tensor:
     return _evaluated(q, values, lam_c, _Matrices(kernel, H, Frame(*f)))
 
 
@@ -345,7 +330,7 @@ def _gradients_op(
     q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, H: int, f: Sequence[int], grad: Tensor
 ) -> list[Tensor]:
     needs = True, True, True, lam_c is not None
-    every = _gradients(q, values, kernel, lam_c, grad, _Matrices(kernel, H, Frame(*f)), needs)
+    every = _gradients(q, values, kernel, lam_c, H, Frame(*f), grad, needs)
     return [g.contiguous() for g in every if g is not None]
 
 
@@ -359,14 +344,9 @@ def _(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, *rest: An
     return [x.new_empty(x.shape) for x in (q, values, kernel, lam_c) if x is not None]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.H, ctx.f = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dq, dvalues, dkernel, *rest = _gradients_op(*ctx.saved_tensors, ctx.H, ctx.f, grad)
     return dq, dvalues, dkernel, rest[0] if rest else None, None, None
 
 
-_fourier_op.register_autograd(_backward, setup_context=_save)
+_fourier_op.register_autograd(_backward, setup_context=_Fourier.setup_context)

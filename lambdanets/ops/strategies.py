@@ -52,7 +52,7 @@ class Problem:
         """Contexts that a query's table reaches: Π min(r, 2·side - 1), or m for explicit embeddings."""
         if self.table is None or self.grid is None:
             return self.m
-        return math.prod([min(r, 2 * s - 1) for r, s in zip(self.table, self.grid, strict=True)])
+        return math.prod(convolution.cut(self.table, self.grid))
 
     @property
     def paper_macs(self) -> int:
@@ -106,10 +106,7 @@ class Strategy:
     why_not: Callable[[Problem], str | None]
     chunked: bool
     builds: str
-    automatic: tuple[str, ...] = ("cpu", "cuda")  # devices on which "auto" may take it
-
-    def offered(self, p: Problem) -> bool:
-        return (p.device if p.device == "cpu" else "cuda") in self.automatic
+    automatic: tuple[str, ...] = ("cpu", "cuda", "export")  # where "auto" may take it
 
 
 def _itemsize(p: Problem) -> int:
@@ -177,12 +174,10 @@ def _cost_fourier(p: Problem, block: int) -> tuple[int, int, int]:
     if p.table is None or p.grid is None or len(p.grid) != 2:
         return 0, 0, 0
     size = max(4, p.dtype.itemsize)  # 16 bits are computed in float32
-    (H, _), (r_y, r_x) = p.grid, fourier.cut(p.table, p.grid)
+    (H, _), (r_y, r_x) = p.grid, convolution.cut(p.table, p.grid)
     f = fourier.frame(p.k, p.u, p.grid, p.table, size)
-    pairs = 0  # of rows: a block's own and those that it reads
-    for first in range(0, H, f.rows):
-        last = min(H, first + f.rows)
-        pairs += (last - first) * (min(H, last + r_y // 2) - max(0, first - r_y // 2))
+    # Of rows: a block's own and those that it reads.
+    pairs = sum((last - first) * (stop - start) for first, last, start, stop in fourier.blocks(H, r_y, f.rows))
     columns, lam = p.b * f.tiles * p.v, H * f.width * p.k  # λ's, for each of the columns
     macs = columns * f.numbers * (H * f.read * p.u + 2 * pairs * p.k * p.u + H * f.width * p.k)
     macs += p.k * p.u * r_y * r_x * f.numbers + columns * H * f.width * p.h * p.k
@@ -233,9 +228,10 @@ STRATEGIES: dict[str, Strategy] = {
     "lambdas": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, False, "E (n,m,k,u), λ (b,n,k,v)"),
     "scores": Strategy(eager.scores, _cost_scores, _always, False, "E (n,m,k,u), s (b,h,n,m,u)"),
     "conv": Strategy(convolution.conv, _cost_conv, _conv_why_not, False, "some examples' λ (n,k,v)"),
+    # On a GPU by name: never timed there. An export has a convolution, one node for a hundred.
     "fourier": Strategy(
         fourier.fourier, _cost_fourier, _fourier_why_not, False, "some rows' frequencies and λ (rows,W,k,v)", ("cpu",)
-    ),  # on a GPU by name: it was never timed there
+    ),
     "lambdas_chunked": Strategy(eager.lambdas, _cost_lambdas, _lambdas_why_not, True, "a block of E and of λ"),
     "scores_chunked": Strategy(eager.scores, _cost_scores, _always, True, "a block of E and of s"),
     # By name only: its kernels have run in Triton's interpreter and compiled for sm_90, never yet on a GPU.
@@ -267,9 +263,9 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 
 
 _LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2))
-# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-22 (2), (4)
-# and 2026-11-23, to every strategy on 11 shapes (two threads: the ranking is what matters). "cuda" is a guess from data
-# sheets, not measured yet.
+# Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-23 (2), to
+# every strategy on 17 shapes (two threads: the ranking is what matters). "cuda" is a guess from data sheets, not
+# measured yet.
 _RATES = {
     ("cpu", False, False): _rates(
         (2.1e11, 1.4e11, 4.7e11, 2.3e11, 1e6), (3.8e10, 8.2e10, 2e10, 3.1e10, 1e9), 3.2, 2e-4
@@ -331,12 +327,17 @@ def plan(problem: Problem, *, memory_limit_bytes: int | None = None) -> Plan:
     return _plan(problem, memory_limit_bytes)
 
 
+def where(p: Problem) -> str:
+    """Whose rates and limits count: what is neither a CPU nor a GPU is priced as a GPU."""
+    return p.device if p.device in BLOCK_BYTES else "cuda"
+
+
 def _price(p: Problem, name: str, limit: int | None) -> Cost:
     row = STRATEGIES[name]
     why_not = row.why_not(p)
     if p.table is None and not p.embeddings:  # content only: every strategy does the same, nothing
         return Cost(name, 0, 0, 0, 0.0, p.n, why_not)
-    device = p.device if p.device in BLOCK_BYTES else "cuda"
+    device = where(p)
     block = max(1, p.n)
     if row.chunked:
         budget = BLOCK_BYTES[device] if limit is None else min(limit, BLOCK_BYTES[device])
@@ -351,8 +352,7 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     blocks = max(1, p.n // block) if row.chunked else 1
     rate = rates.macs[order]
     if order == "conv" and device == "cpu" and p.table is not None and p.grid is not None:
-        kernel = max(min(r, 2 * s - 1) for r, s in zip(p.table, p.grid, strict=True))
-        rate = rate / 10 if kernel > _LARGE_KERNEL else rate
+        rate = rate / 10 if max(convolution.cut(p.table, p.grid)) > _LARGE_KERNEL else rate
         if p.training and _itemsize(p) < 4 and p.n > convolution.SMALL_MAP:  # the table's gradient has another route
             rate = rate / 2
     far = 1.0 if largest <= _CACHE_BYTES[device] else rates.far
@@ -363,8 +363,9 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
 @lru_cache(maxsize=4096)
 def _plan(p: Problem, limit: int | None) -> Plan:
     costs = [_price(p, name, limit) for name in STRATEGIES]
+    here = where(p)
     return Plan(
-        p, sorted(costs, key=lambda c: (c.why_not is not None, not STRATEGIES[c.strategy].offered(p), c.seconds))
+        p, sorted(costs, key=lambda c: (c.why_not is not None, here not in STRATEGIES[c.strategy].automatic, c.seconds))
     )
 
 
@@ -376,15 +377,14 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     elif not torch.compiler.is_compiling():
         best = _plan(p, limit)[0]
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
-        names = list(STRATEGIES)
+        here = where(p)
         if eager.exporting():
-            p = replace(p, b=8)  # an exported graph serves any batch: its choice may not depend on this one
-            names.remove("fourier")  # a hundred nodes, for one convolution that every runtime has
+            here, p = "export", replace(p, b=8)  # the graph serves any batch: its choice may not depend on this one
         best = _price(p, "lambdas", limit)
-        for name in names:
+        for name, row in STRATEGIES.items():
             cost = _price(p, name, limit)
             better = best.why_not is not None or cost.seconds < best.seconds
-            if cost.why_not is None and better and STRATEGIES[name].offered(p):
+            if cost.why_not is None and better and here in row.automatic:
                 best = cost
     if best.why_not is not None:
         what = "no strategy can" if strategy == "auto" else f"strategy {strategy!r} cannot"

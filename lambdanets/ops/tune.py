@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .eager import Position
-from .strategies import STRATEGIES, Problem, plan
+from .strategies import STRATEGIES, Problem, plan, where
 
 TUNED: dict[tuple[Problem, int | None, int], str] = {}  # (problem, memory limit, threads) -> strategy
 _HOPELESS = 4  # a strategy priced at this many times the best is not tried: the plan's rms error is a factor of 1.3
@@ -33,7 +33,7 @@ def _measure(p: Problem, limit: int | None) -> str:
     rows = plan(p, memory_limit_bytes=limit)
     if rows[0].why_not is not None:
         raise ValueError(f"no strategy can run this problem: {rows[0].why_not}\n{rows}")
-    usable = [c for c in rows if c.why_not is None and STRATEGIES[c.strategy].offered(p)]
+    usable = [c for c in rows if c.why_not is None and where(p) in STRATEGIES[c.strategy].automatic]
     usable = [c for c in usable if c.seconds <= _HOPELESS * rows[0].seconds]
     if len(usable) < 2 or (p.table is None and not p.embeddings):
         return rows[0].strategy
