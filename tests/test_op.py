@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -417,6 +420,28 @@ def test_the_plan_predicts_multiply_adds_exactly_and_the_largest_intermediate(ca
     applied = case.b * n * case.h * case.k * case.v if strategy == "conv" else 0  # q·λ by addcmul, which nobody counts
     assert flops.get_total_flops() == 2 * (cost.macs - applied)
     assert 0.5 * seen.bytes <= cost.largest_bytes <= seen.bytes * 1.01
+
+
+BEYOND = """
+import torch
+from tests.test_op import Case, errors_against_float64, forward_and_gradients
+
+maps = (10, 1), (14, 6), (37, 3), (12, 14), (14, 14), (4, 1, 1), (2, 4, 5), (6, 12, 1), (14, 14, 1)
+for grid in maps:
+    for dtype, most in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
+        for table in {tuple(2 * side - 1 for side in grid), tuple(min(23, 2 * side - 1) for side in grid)}:
+            case = Case(grid, table, b=4, h=2, k=16, v=32, keys=False)
+            t = case.tensors(dtype)
+            y, grads, dy = forward_and_gradients(lambda t: case.run(t, None, "conv"), t)
+            wrong = errors_against_float64(case, t, y, grads, dy)
+            assert all(error <= most for error in wrong.values()), (grid, table, dtype, wrong)
+"""
+
+
+def test_conv_with_a_table_larger_than_the_map_neither_crashes_nor_hangs_in_the_library() -> None:
+    root = Path(__file__).parents[1]  # a process of its own: the fault ends it, or never does
+    run = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True, timeout=200, cwd=root)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

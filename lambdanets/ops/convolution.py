@@ -11,8 +11,12 @@ have one where they want sixteen (1/13 of the forward's speed). Here both are fo
 
 dV      a tile of 4 x 4 pixels makes 16 output channels of a convolution of stride 4; the kernel is the table, shifted
         16 ways
-dR      small tables: the library's. 16-bit numbers: a convolution whose kernel is dλ and whose channels are the (b·v)
-        images. float32: V shifted 2 x 8 ways makes 16 input channels, the kernel is as much smaller
+dR      small tables: the library's. 16-bit numbers and small maps: a convolution whose kernel is dλ and whose channels
+        are the (b·v) images. float32: V shifted 2 x 8 ways makes 16 input channels, the kernel is as much smaller
+
+A table may be larger than the map, as every global one is. There oneDNN's gradient of a kernel reads and writes past
+its ends on processors with AVX-512 (PyTorch 2.15: crashes, endless loops, infinities), so the map is padded for it
+first: LOG.md, 2026-11-26.
 """
 
 from typing import Any
@@ -41,7 +45,8 @@ def conv(p: Position, block: int) -> Tensor:
         return _Convolution.apply(p.q, p.values, kernel, p.lam_c, p.grid)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     image = p.values.permute(0, 2, 3, 1).reshape(b * v, u, *p.grid)
-    lam = convolve(image, kernel, padding=[(r - 1) // 2 for r in kernel.shape[2:]]).reshape(b, v, k, m)
+    image, padding = _within(image, kernel)
+    lam = convolve(image, kernel, padding=padding).reshape(b, v, k, m)
     y = torch.einsum("bnhk,bvkn->bnhv", p.q, lam)
     return y if p.lam_c is None else y + torch.einsum("bnhk,bkv->bnhv", p.q, p.lam_c)
 
@@ -205,6 +210,18 @@ def _half(kernel: Tensor) -> list[int]:
     return [(r - 1) // 2 for r in kernel.shape[2:]]
 
 
+def _beyond(image: Tensor, kernel: Tensor) -> bool:
+    return any([r > side for r, side in zip(kernel.shape[2:], image.shape[2:], strict=True)])  # noqa: C419
+
+
+def _within(image: Tensor, kernel: Tensor) -> tuple[Tensor, list[int]]:
+    """The map, and the padding that is left to the library: none where the table is larger than the map."""
+    half = _half(kernel)
+    if not _beyond(image, kernel):
+        return image, half
+    return F.pad(image, [p for p in reversed(half) for _ in range(2)]), [0] * len(half)
+
+
 def _image_grad(kernel: Tensor, grad: Tensor) -> Tensor:
     """grad (images, k, H, W) -> (images, u, H, W), a tile of pixels at a time."""
     t, (H, W), half = _TILE, grad.shape[2:], _half(kernel)
@@ -221,10 +238,16 @@ def _image_grad(kernel: Tensor, grad: Tensor) -> Tensor:
 def _kernel_grad(image: Tensor, kernel: Tensor, grad: Tensor) -> Tensor:
     """(images, u, H, W), (images, k, H, W) -> (k, u, r_y, r_x)."""
     (k, u, r_y, r_x), half, (H, W) = kernel.shape, _half(kernel), grad.shape[2:]
-    if r_y * r_x <= _SMALL_TABLE or min(H, W) < _TILED_SIDE:
-        return _library(grad, image, kernel.new_empty(kernel.shape), [1, 1], half)
-    if grad.dtype.itemsize < 4 and H * W <= SMALL_MAP:
+    library = r_y * r_x <= _SMALL_TABLE or min(H, W) < _TILED_SIDE
+    if library:
+        largest = _TILED_SIDE**2 if _beyond(image, kernel) else 0
+    else:
+        largest = SMALL_MAP if grad.dtype.itemsize < 4 else 0
+    if H * W <= largest:
         return F.conv2d(image.transpose(0, 1), grad.transpose(0, 1), padding=half).transpose(0, 1)
+    if library:
+        image, half = _within(image, kernel)
+        return _library(grad, image, kernel.new_empty(kernel.shape), [1, 1], half)
     down, across = _SHIFTS
     far_y, far_x = -(-r_y // down), -(-r_x // across)
     padded = F.pad(image, (half[1], half[1] + far_x * across - r_x, half[0], half[0] + far_y * down - r_y))
