@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.peers import COMPILED, OURS, PEERS, compiled, contenders, reason, why_not_compiled
+from benchmarks.peers import COMPILED, OURS, PEERS, compiled, contenders, reason, why_not_compiled, why_not_run
 from lambdanets import LambdaLayer, fuse, plan
 from lambdanets.ops import STRATEGIES, lambda_reference
 from lambdanets.ops.strategies import Cost
@@ -156,13 +157,18 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 def measure(
     calls: dict[str, Callable[[], Any]], device: str, budget_s: float, least: int = 5
 ) -> dict[str, list[float]]:
-    """Interleaved runs: one of each in turn, until the budget of each is spent; at least `least` of each."""
+    """Interleaved runs: one of each in turn, until the budget of each is spent; at least `least` of each.
+
+    Every turn has another order, or each would find in the cache what the one before it left there.
+    """
+    order, turns = list(calls), random.Random(0)
     first = {name: min(seconds(call, device), seconds(call, device)) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(200):
-        for name, call in calls.items():
+        turns.shuffle(order)
+        for name in order:
             if turn < least or first[name] * turn < budget_s:
-                times[name].append(seconds(call, device))
+                times[name].append(seconds(calls[name], device))
     return times
 
 
@@ -186,11 +192,15 @@ def bench_shape(
         problem = replace(layers["auto"].problem(x.to(device)), training=backward)
         costs = {c.strategy: c for c in plan(problem)}
         names = [name for name in layers if _worth(name, costs, side, scope, batch, dtype, backward)]
+        asked = {name: why_not_run(name, side, scope, dtype, device, backward) for name in names}
+        left_out = {name: why for name, why in asked.items() if why}
+        names = [name for name in names if name not in left_out]
+        for name, why in left_out.items():
+            print(f"{name} is left out at {side}², d {dim}: {why}", file=sys.stderr)
         if compile:
             torch._dynamo.reset()  # each cell compiles anew, and drops the last one's code
             names += [name + COMPILED for name in names if name in PEERS or name in OURS]
         calls: dict[str, Callable[[], Tensor]] = {}
-        left_out: dict[str, str] = {}
         for name in names:
             layer = layers[name.removesuffix(COMPILED)]
             run = compiled(layer, device, backward) if name.endswith(COMPILED) else layer

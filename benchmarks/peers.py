@@ -93,6 +93,19 @@ def compiled(module: nn.Module, device: str, training: bool) -> nn.Module:
     return cast(nn.Module, torch.compile(module, dynamic=False, options=options))
 
 
+def why_not_run(name: str, side: int, scope: int | None, dtype: torch.dtype, device: str, backward: bool) -> str | None:
+    """Why a peer must not be run at all, or None."""
+    shared = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+    if name != "timm" or device != "cpu" or not backward or dtype != torch.bfloat16 or not shared:
+        return None
+    if scope is None or scope <= side:
+        return None
+    return (
+        f"oneDNN's bfloat16 gradient of a Conv3d's kernel ({scope}, {scope}, 1), larger than the map of {side}², does "
+        "not return, or writes past its memory, on processors with AVX-512 and without AMX (LOG.md, 2026-11-26)"
+    )
+
+
 def why_not_compiled(device: str) -> str | None:
     """Why torch.compile cannot work here, or None. On a CPU it writes C++."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]

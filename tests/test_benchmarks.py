@@ -346,6 +346,18 @@ def test_a_peer_that_does_not_compile_is_reported_and_left_out(monkeypatch, caps
     assert "conv2d compiled is left out at 4², d 16: RuntimeError: no working" in capsys.readouterr().err
 
 
+def test_a_peer_that_would_hang_in_the_library_is_reported_and_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    forward, both = op.bench_shape(4, 16, 7, 2, torch.bfloat16, "cpu", 0.0, False)
+    assert forward["left_out"] == {}
+    assert "timm" in forward["ms"]
+    assert both["left_out"].keys() == {"timm"}
+    assert "timm" not in both["ms"]
+    assert "times_timm" not in both
+    assert "timm is left out at 4², d 16: oneDNN's bfloat16 gradient" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_peers_and_ours_compile_and_agree_with_the_reference():
     for made in op.bench_shape(4, 16, 3, 2, torch.float32, "cpu", 0.0, True):

@@ -243,7 +243,7 @@ def _kernel_grad(image: Tensor, kernel: Tensor, grad: Tensor) -> Tensor:
         largest = _TILED_SIDE**2 if _beyond(image, kernel) else 0
     else:
         largest = SMALL_MAP if grad.dtype.itemsize < 4 else 0
-    if H * W <= largest:
+    if largest >= H * W:
         return F.conv2d(image.transpose(0, 1), grad.transpose(0, 1), padding=half).transpose(0, 1)
     if library:
         image, half = _within(image, kernel)
