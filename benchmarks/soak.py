@@ -90,7 +90,7 @@ class Job:
         """The process of each rank, as far as they have started."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
+            with contextlib.suppress(OSError, ValueError, LookupError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == self.process.pid:
                     variables = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)

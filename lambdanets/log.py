@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lambdanets.checkpoint import need, write_atomically
+from lambdanets.steps import to_stderr
 
 LOG = "log.jsonl"
 
@@ -17,10 +19,15 @@ class Log:
 
     first_step   lines of this step and later ones, which a run wrote before it was killed, are removed: they come again
     tensorboard  write events too. Raises BadRun where the package is not installed
+    say          where it goes that lines cannot be written (a full disk): they wait in memory, training does not
     """
 
-    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool = False) -> None:
-        path = folder / LOG
+    def __init__(
+        self, folder: Path, *, first_step: int, tensorboard: bool = False, say: Callable[[str], None] = to_stderr
+    ) -> None:
+        self._path, self._say = folder / LOG, say
+        self._waiting, self._failed = b"", False
+        path = self._path
         if path.exists():
             write_atomically(path, b"".join(_before(path, first_step)))
         self._board: Any = None
@@ -29,19 +36,33 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `close`
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
 
     def write(self, step: int, **values: Any) -> None:
         """One line: {"step": ..., ...}. Numbers that are not finite become text, since JSON has none."""
         line = {name: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps({"step": step, **line}) + "\n").encode()
+        self._write_waiting()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._say(f"{self._path} cannot be written: {error.strerror or error}; its lines wait in memory")
+            self._failed = True
+
     def close(self) -> None:
+        self._write_waiting()
+        if self._waiting:
+            lines = len(self._waiting.splitlines())
+            self._say(f"{self._path} lacks its last {lines} lines: they could not be written")
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -92,7 +92,7 @@ def newest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
     nothing: `Checkpoints.newest` is for the process that goes on with the run. Raises BadRun where there are
     checkpoints and none is good: a run that silently started again would be taken for the resumed one.
     """
-    return _newest(Path(folder), say or _to_stderr, lambda bad: None)
+    return _newest(Path(folder), say or to_stderr, lambda bad: None)
 
 
 def _newest(folder: Path, say: Callable[[str], None], passed_over: Callable[[Path], None]) -> Checkpoint | None:
@@ -140,7 +140,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep_last: int = 3, say: Callable[[str], None] | None = None) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}: 1 or more")
-        self.folder, self.keep_last, self.say = Path(folder), keep_last, say or _to_stderr
+        self.folder, self.keep_last, self.say = Path(folder), keep_last, say or to_stderr
         self._writer: Thread | None = None
         self._failed: OSError | None = None  # why the last save is not on the disk
         self._failed_saves = 0  # in a row
@@ -484,5 +484,6 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """A line that a person must see."""
     print(f"lambdanets: {line}", file=sys.stderr, flush=True)

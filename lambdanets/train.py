@@ -36,7 +36,7 @@ from lambdanets.recipes import Options, Recipe
 from lambdanets.report import Progress, curves_png
 from lambdanets.results import REPORT, write_report
 from lambdanets.start import Start, look
-from lambdanets.steps import Checkpoints
+from lambdanets.steps import BadRun, Checkpoints, to_stderr
 from lambdanets.watchdog import Interrupted, Terminated, Watchdog
 
 
@@ -103,8 +103,8 @@ def train(
     Raises, before the first step and before anything is written: BadRun (folder, device, missing extra), BadRecipe
     (model or its image size), BadData and BadImage (images). Later: NonFiniteLoss; Terminated and KeyboardInterrupt,
     after a checkpoint; LostProcess (another rank failed, or a process that reads images was killed); BadRun where three
-    checkpoints in a row could not be written; BadData where too many training images are bad. A note on the error
-    says which weights the folder holds.
+    checkpoints in a row, or the last epoch's results, could not be written; BadData where too many training images are
+    bad. A note on the error says which weights the folder holds.
     """
     with Ranks() as ranks:
         start = look(
@@ -168,6 +168,7 @@ class _Run:
         self.total_steps = recipe.epochs * len(batches)
         self.warmup_steps = round(recipe.warmup_epochs * len(batches))
         self.batch_images = min(recipe.batch_images, len(batches.images))
+        self.unwritten = 0  # epochs since the one whose weights are on the disk
 
     def go_on_from(self, state: dict[str, Any] | None, *, asked: bool) -> None:
         """Take the position of a checkpoint, or the first step, and say which."""
@@ -217,7 +218,8 @@ class _Run:
             stopped_by_hand = isinstance(error, (KeyboardInterrupt, Terminated))
             self.record["status"] = "interrupted" if stopped_by_hand else "stopped"
             self.record["error"] = repr(error)
-            error.add_note(f"{self.record['status']} in epoch {at.epoch + 1} of {self.recipe.epochs}: {self._kept()}")
+            epoch = min(at.epoch + 1, self.recipe.epochs)
+            error.add_note(f"{self.record['status']} in epoch {epoch} of {self.recipe.epochs}: {self._kept()}")
             with contextlib.suppress(OSError):  # a full disk must not hide the first error
                 self._write_record()
             raise error from error.__cause__
@@ -255,8 +257,7 @@ class _Run:
         at.epoch, at.batch, at.seen, at.right, at.loss_sum, at.train_s, at.wait_s = at.epoch + 1, 0, 0, 0, 0.0, 0.0, 0.0
         with self.ranks.together():
             if self.ranks.first:
-                save_weights(self.learner.average.module, self.folder / WEIGHTS)  # as evaluated
-                self._write_record()
+                self._write_weights()
                 assert self.progress is not None
                 assert self.log is not None
                 self.progress.epoch(row)
@@ -408,10 +409,26 @@ class _Run:
         lost.__cause__ = error
         return lost
 
+    def _write_weights(self) -> None:
+        """The weights as evaluated, and the record. After the last epoch they must be there; before, a full disk costs
+        nothing but itself: the next epoch is the next try."""
+        epoch, self.unwritten = self.at.epoch, self.unwritten + 1
+        try:
+            save_weights(self.learner.average.module, self.folder / WEIGHTS)
+            self.unwritten = 0
+            self._write_record()
+        except OSError as error:
+            why = (
+                f"{self.folder}: after epoch {epoch} a file was not written: {error.strerror or error}; {self._kept()}"
+            )
+            if epoch == self.recipe.epochs:
+                raise BadRun(f"{why}; mend that, then go on with --resume") from error
+            to_stderr(f"{why}; tried again after the next epoch")
+
     def _kept(self) -> str:
-        history = self.at.history
+        history = self.at.history[: len(self.at.history) - self.unwritten]
         if not history:
-            return f"no epoch was finished, so {self.folder} holds no weights"
+            return f"no epoch was finished and written, so {self.folder} holds no weights"
         return f"the weights of epoch {history[-1]['epoch']} are in {self.folder / WEIGHTS}"
 
     def _write_record(self) -> None:
@@ -437,9 +454,15 @@ class _Run:
         with self.ranks.together():
             if self.ranks.first:
                 title = f"{self.recipe.model}, {self.recipe.image_px} px, seed {self.record['seed']}: {scores}"
-                write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
-                write_report(self.folder, self.record, scores, self.val_batches.images)
-                self._write_record()  # last: once it says "finished", a resumed run does nothing any more
+                try:
+                    write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
+                    write_report(self.folder, self.record, scores, self.val_batches.images)
+                    self._write_record()  # last: once it says "finished", a resumed run does nothing any more
+                except OSError as error:
+                    raise BadRun(
+                        f"{self.folder}: all epochs are done, but a file was not written: {error.strerror or error}; "
+                        f"{self._kept()}; mend that, then go on with --resume"
+                    ) from error
         return Result(self.folder, scores, history, seconds)
 
 

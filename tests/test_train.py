@@ -1,6 +1,7 @@
 """The main job: what moves the weights, what is counted, what is written, and what is refused before anything is."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
@@ -401,6 +402,68 @@ def test_a_loss_that_is_not_finite_stops_there_and_keeps_the_last_epoch(how, col
     model = open_run(folder).model  # refuses weights that are not finite
     batches = Batches(lambdanets.data.folder(colours).val, open_run(folder).view, batch_images=9, training=False)
     assert evaluate(model, batches, classes=3, device=CPU).loss == pytest.approx(good.history[1]["val_loss"], rel=1e-5)
+
+
+@pytest.fixture
+def full_after(monkeypatch):
+    """Weights cannot be written after these epochs of this process."""
+
+    def fill(*epochs):
+        calls, write = [], lambdanets.train.save_weights
+
+        def save(model, path):
+            calls.append(path)
+            if len(calls) in epochs:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(model, path)
+
+        monkeypatch.setattr(lambdanets.train, "save_weights", save)
+
+    return fill
+
+
+def test_R7_a_disk_that_is_full_after_an_epoch_costs_nothing(colours, tmp_path, full_after, capsys):
+    undisturbed = train(tiny(), colours, out=tmp_path / "undisturbed")
+    full_after(1)
+    done = train(tiny(), colours, out=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "after epoch 1 a file was not written: No space left on device; no epoch was finished and written" in said
+    assert "tried again after the next epoch" in said
+    assert [row["train_loss"] for row in done.history] == [row["train_loss"] for row in undisturbed.history]
+    written = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("undisturbed", "run")]
+    assert written[0] == written[1]
+
+
+def test_R7_weights_that_cannot_be_written_at_the_end_are_an_error_and_a_resumed_run_writes_them(
+    colours, tmp_path, full_after
+):
+    undisturbed = train(tiny(), colours, out=tmp_path / "undisturbed")
+    full_after(2, 3)
+    with pytest.raises(BadRun, match=r"after epoch 3 a file was not written: No space.*go on with --resume") as caught:
+        train(tiny(), colours, out=tmp_path / "run")
+    assert "stopped in epoch 3 of 3: the weights of epoch 1 are in" in caught.value.__notes__[0]
+    assert record_of(tmp_path / "run")["status"] == "stopped"
+    full_after()
+    done = train(tiny(), colours, out=tmp_path / "run", resume=True)
+    assert done.scores.errors == undisturbed.scores.errors
+    written = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("undisturbed", "run")]
+    assert written[0] == written[1]
+
+
+def test_R7_a_report_that_cannot_be_written_is_an_error_and_a_resumed_run_writes_it(colours, tmp_path, monkeypatch):
+    def full(*rest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lambdanets.train, "write_report", full)
+        with pytest.raises(
+            BadRun, match=r"all epochs are done, but a file was not written: No space.*of epoch 3 are in"
+        ):
+            train(tiny(), colours, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
+    train(tiny(), colours, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert record_of(tmp_path / "run")["status"] == "finished"
 
 
 def test_at_most_ten_images_are_named_and_the_rest_is_in_the_record(colours, tmp_path, monkeypatch):
