@@ -22,7 +22,7 @@ test-gpu: $(STAMP)
 	$(PYTEST) -m gpu
 
 test-oldest:
-	printf 'torch==2.11.0\ntorchvision==0.26.0\nnumpy<2.5\n' > .constraints-oldest.txt
+	printf 'torch==2.11.0\ntorchvision==0.26.0\nnumpy<2.4\n' > .constraints-oldest.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt
 
 lint: $(STAMP)

@@ -95,8 +95,8 @@ def compiled(module: nn.Module, device: str, training: bool) -> nn.Module:
 
 def why_not_run(name: str, side: int, scope: int | None, dtype: torch.dtype, device: str, backward: bool) -> str | None:
     """Why a peer must not be run at all, or None."""
-    shared = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
-    if name != "timm" or device != "cpu" or not backward or dtype != torch.bfloat16 or not shared:
+    faulty = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+    if name != "timm" or device != "cpu" or not backward or dtype != torch.bfloat16 or not faulty:
         return None
     if scope is None or scope <= side:
         return None
