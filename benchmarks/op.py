@@ -195,8 +195,6 @@ def bench_shape(
         asked = {name: why_not_run(name, side, scope, dtype, device, backward) for name in names}
         left_out = {name: why for name, why in asked.items() if why}
         names = [name for name in names if name not in left_out]
-        for name, why in left_out.items():
-            print(f"{name} is left out at {side}², d {dim}: {why}", file=sys.stderr)
         if compile:
             torch._dynamo.reset()  # each cell compiles anew, and drops the last one's code
             names += [name + COMPILED for name in names if name in PEERS or name in OURS]
@@ -210,7 +208,6 @@ def bench_shape(
                 if not name.endswith(COMPILED):
                     raise
                 left_out[name] = reason(error)
-                print(f"{name} is left out at {side}², d {dim}: {left_out[name]}", file=sys.stderr)
                 continue
             got = got.flatten(2).mT[:, queries.to(device)].double().cpu()
             distance = ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
@@ -220,6 +217,8 @@ def bench_shape(
                 )
             layer.zero_grad(set_to_none=True)
             calls[name] = work(run, x.to(device), backward)
+        for name, why in left_out.items():
+            print(f"{name} is left out at {side}², d {dim}: {why}", file=sys.stderr)
         peaks = {
             name: peak_bytes(call, device)
             for name, call in calls.items()

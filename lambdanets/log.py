@@ -25,41 +25,37 @@ class Log:
     def __init__(
         self, folder: Path, *, first_step: int, tensorboard: bool = False, say: Callable[[str], None] = to_stderr
     ) -> None:
-        self._path, self._say = folder / LOG, say
-        self._waiting, self._failed = b"", False
-        path = self._path
-        if path.exists():
-            write_atomically(path, b"".join(_before(path, first_step)))
+        self._path, self._say, self._waiting = folder / LOG, say, b""
+        if self._path.exists():
+            write_atomically(self._path, b"".join(_before(self._path, first_step)))
         self._board: Any = None
         if tensorboard:
             need("tensorboard", "tensorboard", "--tensorboard asks for it")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
 
     def write(self, step: int, **values: Any) -> None:
         """One line: {"step": ..., ...}. Numbers that are not finite become text, since JSON has none."""
         line = {name: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self._waiting += (json.dumps({"step": step, **line}) + "\n").encode()
-        self._write_waiting()
+        self._append((json.dumps({"step": step, **line}) + "\n").encode())
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
-    def _write_waiting(self) -> None:
+    def _append(self, content: bytes) -> None:
+        said, self._waiting = bool(self._waiting), self._waiting + content
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
-            self._failed = False
         except OSError as error:
-            if not self._failed:
+            if not said:
                 self._say(f"{self._path} cannot be written: {error.strerror or error}; its lines wait in memory")
-            self._failed = True
 
     def close(self) -> None:
-        self._write_waiting()
+        self._append(b"")
         if self._waiting:
             lines = len(self._waiting.splitlines())
             self._say(f"{self._path} lacks its last {lines} lines: they could not be written")

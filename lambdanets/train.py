@@ -418,12 +418,13 @@ class _Run:
             self.unwritten = 0
             self._write_record()
         except OSError as error:
-            why = (
-                f"{self.folder}: after epoch {epoch} a file was not written: {error.strerror or error}; {self._kept()}"
-            )
+            why = self._not_written(f"after epoch {epoch}", error)
             if epoch == self.recipe.epochs:
                 raise BadRun(f"{why}; mend that, then go on with --resume") from error
             to_stderr(f"{why}; tried again after the next epoch")
+
+    def _not_written(self, when: str, error: OSError) -> str:
+        return f"{self.folder}: {when} a file was not written: {error.strerror or error}; {self._kept()}"
 
     def _kept(self) -> str:
         history = self.at.history[: len(self.at.history) - self.unwritten]
@@ -459,10 +460,8 @@ class _Run:
                     write_report(self.folder, self.record, scores, self.val_batches.images)
                     self._write_record()  # last: once it says "finished", a resumed run does nothing any more
                 except OSError as error:
-                    raise BadRun(
-                        f"{self.folder}: all epochs are done, but a file was not written: {error.strerror or error}; "
-                        f"{self._kept()}; mend that, then go on with --resume"
-                    ) from error
+                    why = self._not_written("all epochs are done, but", error)
+                    raise BadRun(f"{why}; mend that, then go on with --resume") from error
         return Result(self.folder, scores, history, seconds)
 
 

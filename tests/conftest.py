@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,6 +95,22 @@ def _child(function, args, environment, place):
         os._exit(1)
     with open(f"{place}.json", "w") as file:
         json.dump(given, file)
+
+
+@pytest.fixture
+def largest_file():
+    """`with largest_file(so_many_bytes)`: the system fails the write that crosses it, as on a full disk."""
+
+    @contextmanager
+    def limited(most):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

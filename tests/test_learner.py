@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import resource
 import sys
 from types import SimpleNamespace
 
@@ -302,16 +301,13 @@ def test_lines_of_undone_steps_and_torn_lines_leave_the_log(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 1}\n'
 
 
-def test_R7_log_lines_that_a_full_disk_does_not_take_wait_and_come_later(tmp_path):
-    said, soft_hard = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_R7_log_lines_that_a_full_disk_does_not_take_wait_and_come_later(tmp_path, largest_file):
+    said = []
     log = Log(tmp_path, first_step=0, say=said.append)
     log.write(0, loss=1.0)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40, soft_hard[1]))  # in the middle of the second line
+    with largest_file(40):  # in the middle of the second line
         for step in (1, 2, 3):
             log.write(step, loss=0.5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
     assert (tmp_path / "log.jsonl").stat().st_size == 40
     log.write(4, loss=0.25)
     log.close()
@@ -320,14 +316,11 @@ def test_R7_log_lines_that_a_full_disk_does_not_take_wait_and_come_later(tmp_pat
     assert said == [f"{tmp_path / 'log.jsonl'} cannot be written: File too large; its lines wait in memory"]
 
 
-def test_R7_lines_that_the_disk_never_took_are_counted(tmp_path):
-    said, soft_hard = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_R7_lines_that_the_disk_never_took_are_counted(tmp_path, largest_file):
+    said = []
     log = Log(tmp_path, first_step=0, say=said.append)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, soft_hard[1]))
+    with largest_file(10):
         log.write(0, loss=1.0)
         log.write(1, loss=1.0)
         log.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
     assert said[-1] == f"{tmp_path / 'log.jsonl'} lacks its last 2 lines: they could not be written"

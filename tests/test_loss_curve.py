@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchvision
 
+from benchmarks.op import machine
 from lambdanets.recipes import Options
 from lambdanets.recipes.digits import digits
 from lambdanets.train import train
@@ -31,12 +32,9 @@ TOLERANCE = 0.02
 
 def here():
     """What decides rounding: libraries choose their kernels, and block sizes, by the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
-    about = {name.strip(): text.strip() for name, text in lines.items()}
     return {
-        "cpu": about.get("model name", platform.processor()),
-        "amx": "amx_tile" in about.get("flags", ""),
+        "cpu": machine("cpu")["device"],
+        "amx": torch.cpu._is_amx_tile_supported(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,

@@ -467,7 +467,9 @@ def test_conv_has_gradients_of_its_own_a_few_examples_at_a_time_and_they_are_exa
     assert max(sizes) <= 2
     assert sum(sizes) >= 2 * case.b  # forward, and again backward
     for name, error in errors_against_float64(case, t, y, ours, grad).items():
-        assert error <= {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}[dtype], name
+        most = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-2}[dtype]
+        # The keys' gradient in float32 is a difference of the softmax, not the convolution's: 1.1e-6 on an AMD EPYC.
+        assert error <= (2e-6 if name == "keys" and dtype == torch.float32 else most), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

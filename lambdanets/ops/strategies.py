@@ -299,9 +299,9 @@ class Plan:
 
     def __str__(self) -> str:
         p = self.problem
-        where = f"grid {p.grid}, table {p.table}" if p.table else "embeddings" if p.embeddings else "no positions"
+        positions = f"grid {p.grid}, table {p.table}" if p.table else "embeddings" if p.embeddings else "no positions"
         lines = [
-            f"b={p.b} n={p.n} m={p.m} h={p.h} k={p.k} v={p.v} u={p.u}, {where}, {str(p.dtype)[6:]} on {p.device}",
+            f"b={p.b} n={p.n} m={p.m} h={p.h} k={p.k} v={p.v} u={p.u}, {positions}, {str(p.dtype)[6:]} on {p.device}",
             f"{'strategy':<16} {'GMACs':>9} {'MB moved':>9} {'largest MB':>10} {'block':>6} {'est. ms':>8}"
             "  builds, or why not",
         ]
