@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d
 from .ops import plan, relative_embeddings
+from .ops.eager import autocast_dtype
 from .ops.tune import tuned
 from .projections import BATCH_NORM, fold, heard, plain, product, stack
 from .weights import relative_table
@@ -102,8 +103,7 @@ class FusedLambdaLayer(LambdaLayer):
         return q.mT, keys[0].mT if keys else None, values.mT
 
     def _positions(self, x: Tensor, context: Tensor) -> dict[str, Any]:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         if self.table is None or dtype == torch.float16 or torch.compiler.is_compiling():
             return {"table": self.table}
         key = (tuple(x.shape), tuple(context.shape[2:]), dtype, self.strategy)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import tiles
 from lambdanets.ops import Problem, fused, lambda_reference, relative_embeddings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -224,6 +225,21 @@ def test_a_second_derivative_raises(device: str) -> None:
         dq.sum().backward()
 
 
+@devices
+@pytest.mark.parametrize("name", tiles.CANDIDATES)
+def test_every_kernel_is_timed_with_other_tiles_and_these_change_nothing(name: str, device: str, monkeypatch) -> None:
+    monkeypatch.setitem(tiles.CANDIDATES, name, [{}, {"columns": 32, "rows": 64, "positions": 32, "pairs": 64 * 32}])
+    row = tiles.bench(name, (4, 3, 16), 2, torch.float32, device, 0.0)
+    assert set(row["ms"]) == {"today", "columns 32, rows 64, positions 32, pairs 2048"}
+    assert row["best"] in row["ms"]
+    assert not row["left_out"]
+
+
+def test_the_rate_of_the_tiles_counts_the_contexts_within_window_and_map() -> None:
+    pairs = relative_embeddings(torch.ones(5, 5, 1, 1), (6, 6)).sum().item()
+    assert tiles.macs((6, 5, 24), 3) == 3 * pairs * 16 * 24
+
+
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 PROBLEM = Case((14, 14), (23, 23), b=8, h=4, k=16, v=64).problem()
@@ -318,6 +334,8 @@ if not INTERPRETED:
             assert kernel.metadata.shared <= 227 * 1024, name
             if dtype in LOW and name.split("_")[0] in ("lambda", "values", "table"):
                 assert "wgmma" in kernel.asm["ptx"], name
+            if dtype in LOW and name.split("_")[0] in ("values", "table"):  # else each step would wait for its loads
+                assert "ld.global" not in kernel.asm["ptx"], name
 
     def compile_for_hopper(name: str, s: fused.Sizes, given: dict):
         """The kernel as `_launch` would ask for it, for compute capability 9.0, and what ptxas made of it."""

@@ -278,6 +278,11 @@ def test_a_fused_layer_refuses_training_and_resizing_with_the_remedy() -> None:
     fused.eval()
 
 
+def test_a_fused_model_without_data_has_the_shape_of_its_output() -> None:
+    model = create_model("lambda_resnet_tiny", num_classes=3).to("meta")
+    assert fuse(model)(torch.empty(2, 3, 32, 48, device="meta")).shape == (2, 3)
+
+
 def test_a_fused_model_can_be_copied_exported_and_saved() -> None:
     model = create_model("lambda_resnet_tiny", num_classes=3)
     x = as_if_trained(model, 2, 3, 32, 32).float()

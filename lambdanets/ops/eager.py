@@ -114,6 +114,14 @@ def _contract(
     return _Contract.apply(*inputs, spec) if torch.is_grad_enabled() else _Contract.forward(*inputs, spec)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in on the device of x, or None where it is off."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # there is no autocast on meta
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def exporting() -> bool:
     """Whether a graph is being exported. `is_exporting()` is true in every compilation to Dynamo of torch 2.11."""
     return torch.compiler._is_exporting_flag

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .eager import autocast_dtype
+
 if TYPE_CHECKING:
     from .strategies import Problem
 
@@ -87,7 +89,7 @@ def _tiles(dtype: torch.dtype, precision: str, shared_bytes: int) -> Tiles:
     """
     stages = 3 if shared_bytes >= 150_000 else 2
     if dtype != torch.float32:
-        return Tiles(256, 128, 64, 128, 64, 128 * 256, 64, 8, stages)
+        return Tiles(256, 128, 64, 256, 64, 128 * 256, 64, 8, stages)
     if precision == "tf32":
         return Tiles(128, 64, 32, 64, 32, 64 * 128, 32, 4, stages)
     return Tiles(64, 64, 32, 64, 32, 64 * 64, 16, 4, 3)
@@ -227,10 +229,13 @@ def _fused_dq(values: Tensor, table: Tensor, lam_c: Tensor | None, dy: Tensor, g
 def _fused_dvalues(q: Tensor, table: Tensor, dy: Tensor, grid: Sequence[int]) -> Tensor:
     s = _sizes(q, (*q.shape[2:], dy.shape[3], table.shape[-1]), grid, table.shape)
     group, part = s.groups(max(1, s.tiles.queries // s.K)), s.split(s.tiles.columns)
-    cut = _strips(s.height, s.width, s.ry, s.rx, s.tiles.positions)
+    M = min(s.tiles.positions, _pow2(s.n, 64))
+    while M > 64 and 2 * _ceil(s.n, M) * part["parts"] * s.u <= _PROGRAMS:
+        M //= 2  # a smaller tile does its dλ for fewer contexts, but else multiprocessors would be idle
+    cut = _strips(s.height, s.width, s.ry, s.rx, M)
     out = q.new_empty(s.b, s.u, s.n, s.v)
     _launch(
-        "values_kernel", cut["tiles"] * part["parts"] * s.u, s, **cut, **part, **group, M=s.tiles.positions,
+        "values_kernel", cut["tiles"] * part["parts"] * s.u, s, **cut, **part, **group, M=M,
         q=q, table=table.movedim(-1, 0), dy=dy, out=out,
     )  # fmt: skip
     return out.movedim(1, 3).contiguous()
@@ -303,8 +308,7 @@ def fused(q: Tensor, values: Tensor, table: Tensor, lam_c: Tensor | None, grid: 
     rounded, and in the backward pass dλ and the gradients. Differentiable once: a second derivative raises. Sizes are
     checked by `lambda_op`; `why_not` of the problem must be None.
     """
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # there is no autocast on meta
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q)
+    if dtype is not None:
         q, values, table = q.to(dtype), values.to(dtype), table.to(dtype)
     return _fused(q, values, table, lam_c, list(grid))

@@ -36,7 +36,7 @@ def _tile(tile, N: tl.constexpr, strip, per_strip, height, width, ry, rx):  # ty
 def _near(my, mx, qy, qx, ry, rx):  # type: ignore[no-untyped-def]
     """Whether the table reaches from query to context: (m), (n) -> (m, n)."""
     y, x = my[:, None] - qy[None, :] + ry // 2, mx[:, None] - qx[None, :] + rx // 2
-    return (y >= 0) & (y < ry) & (x >= 0) & (x < rx)
+    return (y.to(tl.uint32) < ry) & (x.to(tl.uint32) < rx)  # unsigned, what is below 0 is large
 
 
 @triton.jit
@@ -90,12 +90,25 @@ def lambda_kernel(  # type: ignore[no-untyped-def]
         acc = tl.reshape(acc, (B, V, N, K))
         head, real = bb[:, None] * n + place[None, :], (bb < b)[:, None] & here[None, :]
         yy, zz, depth_y, depth_z = vv, kk, v, k
+    at = given + (head * (h * depth_z))[:, :, None] + zz[None, None, :]
+    there = real[:, :, None] & (zz < depth_z)[None, None, :]
+    g = tl.load(at, there, 0.0)
     for i in range(h):
-        source = given + ((head * h + i) * depth_z)[:, :, None] + zz[None, None, :]
-        g = tl.load(source, real[:, :, None] & (zz < depth_z)[None, None, :], 0.0).to(tl.float32)
-        y = tl.sum(acc * g[:, None, :, :], 3)
+        ahead = tl.load(at + (i + 1) * depth_z, there & (i + 1 < h), 0.0)  # no load may pass the store below
+        y = tl.sum(acc * g.to(tl.float32)[:, None, :, :], 3)
         target = out + ((head * h + i) * depth_y)[:, None, :] + yy[None, :, None]
         tl.store(target, y.to(out.dtype.element_ty), real[:, None, :] & (yy < depth_y)[None, :, None])
+        g = ahead
+
+
+@triton.jit
+def _rows(B: tl.constexpr, N: tl.constexpr, H: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `_dlam` sums over, (B·G, N/G·H), or (N·H) if B·G is 1: the example, the query and the head of each row."""
+    r = tl.arange(0, N // G * H)
+    g = tl.zeros_like(r)
+    if B * G > 1:
+        g, r = tl.arange(0, B * G)[:, None], r[None, :]
+    return g // G + r * 0, g % G * (N // G) + r // H, g * 0 + r % H
 
 
 @triton.jit
@@ -107,19 +120,26 @@ def _dlam(  # type: ignore[no-untyped-def]
     """dλ[b,n,k,v] = Σ_h q·dy of B examples and N queries, (B·V, N·K), or TURNED (N·K, B·V).
 
     A product of depth h would starve the tensor cores, so N/G queries share one: the heads of all are its depth, and
-    q lies in it block by block with zeros between. place, seen: (B·N·H), the position of each row and if it exists.
+    q lies in it block by block with zeros between. place, seen: of `_rows`, the position and if it exists.
+
+    The loads have the shape of the product: a reshape between the two would keep Triton from loading ahead.
     """
-    r, c, vv = tl.arange(0, B * N * H), tl.arange(0, N // G * K), first_v + tl.arange(0, V)
-    head, rb = r % H, first_b + r // (N * H)
-    row, seen = (rb * n + place) * h + head, seen & (head < h) & (rb < b)
-    d = tl.load(dy + row[:, None] * v + vv[None, :], seen[:, None] & (vv < v)[None, :], 0.0)  # (B·N·H, V)
-    own = (r // H % (N // G))[:, None] == (c // K)[None, :]
-    w = tl.load(q + row[:, None] * k + (c % K)[None, :], own & seen[:, None] & (c % K < k)[None, :], 0.0)
+    example, query, head = _rows(B, N, H, G)
+    c, vv = tl.arange(0, N // G * K), first_v + tl.arange(0, V)
+    row = ((first_b + example) * n + place) * h + head
+    seen = seen & (head < h) & (first_b + example < b)
+    own = query % (N // G)
     if B * G == 1:
-        lam = _dot(tl.trans(w), d, precision)
+        d = tl.load(dy + row[:, None] * v + vv[None, :], seen[:, None] & (vv < v)[None, :], 0.0)
+        w = q + row[None, :] * k + (c % K)[:, None]
+        w = tl.load(w, (own[None, :] == (c // K)[:, None]) & seen[None, :] & (c % K < k)[:, None], 0.0)
     else:
-        w = tl.reshape(w, (B * G, N // G * H, N // G * K))
-        lam = _dot(tl.trans(w, (0, 2, 1)), tl.reshape(d, (B * G, N // G * H, V)), precision)
+        d = dy + row[:, :, None] * v + vv[None, None, :]
+        d = tl.load(d, seen[:, :, None] & (vv < v)[None, None, :], 0.0)  # (B·G, N/G·H, V)
+        w = q + row[:, None, :] * k + (c % K)[None, :, None]
+        real = (own[:, None, :] == (c // K)[None, :, None]) & (c % K < k)[None, :, None]
+        w = tl.load(w, real & seen[:, None, :], 0.0)  # (B·G, N/G·K, N/G·H)
+    lam = _dot(w, d, precision)
     lam = tl.reshape(lam.to(q.dtype.element_ty), (B, G, N // G * K, V))
     if TURNED:
         lam = tl.reshape(tl.permute(lam, (1, 2, 0, 3)), (N * K, B * V))
@@ -140,7 +160,7 @@ def values_kernel(  # type: ignore[no-untyped-def]
     chunks: tl.constexpr = (v + V - 1) // V
     first_b, first_v = part // chunks * B, part % chunks * V
     first, left, across, top, rows, start, columns = _tile(tile, M, strip, per_strip, height, width, ry, rx)
-    m, c, r, w = tl.arange(0, M), tl.arange(0, N * K), tl.arange(0, B * N * H), tl.arange(0, B * V)
+    m, c, w = tl.arange(0, M), tl.arange(0, N * K), tl.arange(0, B * V)
     my, mx = (first + m) // across, left + (first + m) % across
     from_context = table + (((my + ry // 2) * rx + mx + rx // 2) * k + i * (ry * rx * k))[:, None]
     area = rows * columns
@@ -151,7 +171,7 @@ def values_kernel(  # type: ignore[no-untyped-def]
         seen = _near(my, mx, qy, qx, ry, rx) & ((j < area) & (c % K < k))[None, :]
         to_query = (c % K - (qy * rx + qx) * k)[None, :]
         e = tl.load(from_context + to_query, seen, 0.0, cache_modifier=".ca")  # (M, N·K)
-        j = step + r // H % N
+        j = step + _rows(B, N, H, G)[1]
         place = (top + j // columns) * width + start + j % columns
         lam = _dlam(q, dy, place, j < area, first_b, first_v, b, n, h, k, v, B, V, N, K, H, G, False, precision)
         acc = _dot(lam, tl.trans(e), precision, acc)
@@ -182,7 +202,7 @@ def table_kernel(  # type: ignore[no-untyped-def]
     total = tl.maximum(y_count, 0) * tl.maximum(x_count, 0) * parts
     share = (total + splits - 1) // splits
     chunks: tl.constexpr = (v + V - 1) // V
-    r, m, w, c = tl.arange(0, B * N * H), tl.arange(0, Y * X), tl.arange(0, B * V), tl.arange(0, N * K)
+    m, w, c = tl.arange(0, Y * X), tl.arange(0, B * V), tl.arange(0, N * K)
     acc = tl.zeros((N * K, Y * X), tl.float32)
     for step in range(split * share, tl.minimum(total, split * share + share)):
         part, row = step % parts, step // parts
@@ -193,7 +213,7 @@ def table_kernel(  # type: ignore[no-untyped-def]
         seen = ((my >= 0) & (my < height) & (mx >= 0) & (mx < width))[:, None] & ((wb < b) & (wv < v))[None, :]
         at = values + ((my * width + mx) * v + i * (n * v))[:, None] + (wb * (u * n * v) + wv)[None, :]
         s = tl.load(at, seen, 0.0)  # (Y·X, B·V)
-        x += r // H % N
+        x += _rows(B, N, H, G)[1]
         lam = _dlam(q, dy, y * width + x, x < width, first_b, first_v, b, n, h, k, v, B, V, N, K, H, G, True, precision)
         acc = _dot(lam, tl.trans(s), precision, acc)
     line = ((split * u + i) * (down * Y) + to_y + m // X) * (across * X) + to_x + m % X

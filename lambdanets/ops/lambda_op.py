@@ -71,12 +71,10 @@ def lambda_op(
     >>> torch.allclose(y, same, atol=1e-4)
     True
     """
-    device = q.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # there is no autocast on meta
-    if autocast:
-        dtype = torch.get_autocast_dtype(device)
-        q, values = q.to(dtype), values.to(dtype)
-        keys, table, embeddings = (None if t is None else t.to(dtype) for t in (keys, table, embeddings))
+    device, autocast = q.device.type, eager.autocast_dtype(q)
+    if autocast is not None:
+        q, values = q.to(autocast), values.to(autocast)
+        keys, table, embeddings = (None if t is None else t.to(autocast) for t in (keys, table, embeddings))
     problem = _problem(q, keys, values, table, embeddings, grid, context_grid, mask, causal)
     if key_norm not in KEY_NORMS:
         raise ValueError(f"key_norm {key_norm!r} is not one of {', '.join(KEY_NORMS)}")
@@ -89,7 +87,7 @@ def lambda_op(
         q, values = q.float(), values.float()
         keys, table, embeddings = (None if t is None else t.float() for t in (keys, table, embeddings))
         kept = None  # its keys could not tell this table from one of float32
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast is not None else nullcontext():
         y = _evaluate(problem, cost, q, keys, values, table, embeddings, mask, key_norm, kept)
     return y.to(result)
 
