@@ -19,7 +19,7 @@ test-all: $(STAMP)
 	$(PYTEST) -n $(WORKERS) -m "not gpu"
 
 test-gpu: $(STAMP)
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu -W default
 
 test-oldest:
 	printf 'torch==2.11.0\ntorchvision==0.26.0\nnumpy<2.4\n' > .constraints-oldest.txt

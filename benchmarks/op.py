@@ -3,17 +3,23 @@
     python -m benchmarks.op                       the paper's shapes on this machine's CPU, float32 and bfloat16
     python -m benchmarks.op --compile             each peer and "auto" under torch.compile too: four compilations a cell
     python -m benchmarks.op --device cuda --batch 128 --dtype bfloat16 --compile
+    python -m benchmarks.op --cells 56:23 64:all  some of the shapes, by side and scope: compiling all takes an hour
     python -m benchmarks.op --quick               the two smallest maps, for a look
 
 A contender is timed only after it agreed with `ops/reference.py` in float64 on 64 random queries of that shape. Times
 are medians of interleaved runs; what to quote is a ratio to a peer, which ran in between: the fastest of ours ("auto",
-in inference also "fuse", each eager or compiled) against timm's layer, `times_timm`, and against the fastest peer,
-`times_fastest`. Inference is in evaluation, forward + backward in training mode, as a step is. A contender that does
-not compile is reported and left out. The last line of stdout is one JSON object; --out keeps it.
+in inference also "fuse", on a GPU also "fused", each eager or compiled) against timm's layer, `times_timm`, and against
+the fastest peer, `times_fastest`. Inference is in evaluation, forward + backward in training mode, as a step is. A
+contender that does not compile, or takes more than --limit-s a call, is reported and left out.
+
+`roofline` is the share of the least time that the layer could take: its multiply-adds, in the order that needs fewest
+(frequencies aside), at the rate of a large matrix product, or its input and output at the rate of a copy, whichever is
+more, both measured in the same run. The last line of stdout is one JSON object; --out keeps it.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -24,6 +30,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.peers import COMPILED, OURS, PEERS, compiled, contenders, reason, why_not_compiled, why_not_run
 from lambdanets import LambdaLayer, fuse, plan
 from lambdanets.ops import STRATEGIES, lambda_reference
-from lambdanets.ops.strategies import Cost
+from lambdanets.ops.strategies import Cost, Problem
 
 SHAPES = [  # map side, channels, scope (None: global), batch
     (7, 512, 23, 8), (14, 256, 23, 8), (28, 128, 23, 8), (56, 64, 23, 8),
@@ -43,6 +50,7 @@ SHAPES = [  # map side, channels, scope (None: global), batch
     (7, 512, None, 8), (14, 256, None, 8), (28, 128, None, 8), (64, 256, None, 2),
 ]  # fmt: skip
 BUDGET_BYTES = 6 << 30  # what a contender may allocate at once here
+CEILING = {"cpu": (2048, 1 << 27), "cuda": (8192, 1 << 31)}  # side of the matrices, bytes of the copy
 HOPELESS = 8, 1.0  # a contender predicted to take so many times the best one's time, and so many seconds, is left out
 
 
@@ -144,14 +152,16 @@ def work(layer: nn.Module, x: Tensor, backward: bool) -> Callable[[], Tensor]:
     return both
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
+def seconds(call: Callable[[], Any], device: str, calls: int = 1) -> float:
+    """Of one call, on average."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def measure(
@@ -159,22 +169,55 @@ def measure(
 ) -> dict[str, list[float]]:
     """Interleaved runs: one of each in turn, until the budget of each is spent; at least `least` of each.
 
-    Every turn has another order, or each would find in the cache what the one before it left there.
+    Every turn has another order, or each would find in the cache what the one before it left there. On a GPU a run is
+    10 ms of calls, at most 20: as in a model, the next one is launched while the last one computes.
     """
     order, turns = list(calls), random.Random(0)
     first = {name: min(seconds(call, device), seconds(call, device)) for name, call in calls.items()}
+    at_once = {name: max(1, min(20, int(0.01 / t))) if device == "cuda" else 1 for name, t in first.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(200):
         turns.shuffle(order)
         for name in order:
-            if turn < least or first[name] * turn < budget_s:
-                times[name].append(seconds(calls[name], device))
+            if turn < least or first[name] * at_once[name] * turn < budget_s:
+                times[name].append(seconds(calls[name], device, at_once[name]))
     return times
 
 
+@lru_cache(maxsize=8)
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What is reached here: multiply-adds a second in a large product, bytes read and written a second in a copy."""
+    side, size = CEILING[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    calls = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    median = {name: statistics.median(t) for name, t in measure(calls, device, 0.5).items()}
+    return {"macs_per_s": side**3 / median["product"], "bytes_per_s": 2 * size / median["copy"]}
+
+
+def least_work(p: Problem, dim: int) -> tuple[int, int]:
+    """(multiply-adds, bytes) that a layer cannot do without: contexts outside the map, and q, k, v, cost nothing."""
+    assert p.table is not None
+    assert p.grid is not None
+    reach = [(r - 1) // 2 for r in p.table]
+    pairs = math.prod(
+        sum(min(side, i + far + 1) - max(0, i - far) for i in range(side))
+        for side, far in zip(p.grid, reach, strict=True)
+    )
+    position = p.b * pairs * p.u * min(p.k * p.v, p.h * (p.k + p.v))
+    projections = p.b * p.n * dim * (p.h * p.k + p.k * p.u + p.v * p.u)
+    content = p.b * p.n * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    macs = position + projections + content
+    maps = p.b * p.n * (dim + p.h * p.v)  # x and y; of a step also dx and dy, and x once more
+    numbers = 2 * maps + p.b * p.n * dim if p.training else maps
+    return macs * (3 if p.training else 1), numbers * p.dtype.itemsize
+
+
 def bench_shape(
-    side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool
-) -> list[dict[str, Any]]:
+    side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool,
+    limit_s: float = math.inf,
+) -> list[dict[str, Any]]:  # fmt: skip
     torch.manual_seed(0)
     layers = contenders(side, dim, scope)
     x = torch.randn(batch, dim, side, side).to(dtype)
@@ -202,8 +245,9 @@ def bench_shape(
         for name in names:
             layer = layers[name.removesuffix(COMPILED)]
             run = compiled(layer, device, backward) if name.endswith(COMPILED) else layer
+            call, started = work(run, x.to(device), backward), time.perf_counter()
             try:
-                got = work(run, x.to(device), backward)()
+                got = call()
             except Exception as error:  # whatever a compiler raises
                 if not name.endswith(COMPILED):
                     raise
@@ -215,8 +259,14 @@ def bench_shape(
                 raise SystemExit(
                     f"{name} disagrees with the reference at {side}², d {dim}: relative rms {distance:.1e}"
                 )
+            took = time.perf_counter() - started
+            if took > limit_s:  # the first call also compiles and chooses
+                took = seconds(call, device) if took < 10 * limit_s or name.endswith(COMPILED) else took
+            if took > limit_s:
+                left_out[name] = f"a call took {took:.1f} s, over the limit of {limit_s} s"
+            else:
+                calls[name] = call
             layer.zero_grad(set_to_none=True)
-            calls[name] = work(run, x.to(device), backward)
         for name, why in left_out.items():
             print(f"{name} is left out at {side}², d {dim}: {why}", file=sys.stderr)
         peaks = {
@@ -224,8 +274,13 @@ def bench_shape(
             for name, call in calls.items()
             if device == "cuda" or not name.endswith(COMPILED)
         }
+        if not any(name in OURS for name in calls):
+            continue
         times = measure(calls, device, budget_s)
         median = {name: statistics.median(t) for name, t in times.items()}
+        found, (macs, moved) = ratios(median), least_work(problem, dim)
+        ceiling = ceilings(device, dtype)
+        least_s = max(macs / ceiling["macs_per_s"], moved / ceiling["bytes_per_s"])
         row = {
             "side": side, "dim": dim, "scope": scope, "batch": batch, "dtype": str(dtype)[6:], "backward": backward,
             "auto_takes": plan(problem)[0].strategy,
@@ -233,7 +288,8 @@ def bench_shape(
             "spread": {name: [round(1e3 * min(t), 3), round(1e3 * max(t), 3)] for name, t in times.items()},
             "peak_mb": {name: round(p / 1e6, 2) for name, p in peaks.items()},
             "predicted_ms": {name: round(1e3 * c.seconds, 3) for name, c in costs.items() if name in times},
-            "left_out": left_out, **ratios(median),
+            "left_out": left_out, **found,
+            "least_ms": round(1e3 * least_s, 4), "roofline": round(least_s / median[found["ours"]], 3),
         }  # fmt: skip
         rows.append(row)
         print(line(row), flush=True)
@@ -278,7 +334,8 @@ def line(row: dict[str, Any]) -> str:
     nan = float("nan")
     return (
         f"{what} {row.get('times_timm', nan):6.2f}x timm {row.get('times_fastest', nan):5.2f}x the fastest "
-        f"({row.get('fastest', 'none')}), {row['ours']} | ms: {ms} | auto = {row['auto_takes']}"
+        f"({row.get('fastest', 'none')}), {row['ours']}, {row['roofline']:.0%} of the roofline | ms: {ms} | "
+        f"auto = {row['auto_takes']}"
     )
 
 
@@ -286,7 +343,7 @@ def aims(row: dict[str, Any], device: str) -> dict[str, float]:
     """What is aimed at in a cell (issue 3): the least ratio to the fastest peer and to timm, the largest peak in MB."""
     side, scope, two_bytes = row["side"], row["scope"], row["dtype"] != "float32"
     if device == "cuda":
-        return {"times_fastest": 5.0} if two_bytes else {}
+        return {"times_fastest": 5.0, "roofline": 0.5} if two_bytes else {}
     if scope == 7 or (scope == 23 and side >= 28):
         return {"times_fastest": 1.0}
     if side in (7, 14):
@@ -380,6 +437,15 @@ def start(device: str, threads: int) -> dict[str, Any]:
     return about
 
 
+def cell(text: str) -> tuple[int, int, int | None, int]:
+    """The row of SHAPES that "56:23" or "64:all" names."""
+    for shape in SHAPES:
+        if text == f"{shape[0]}:{shape[2] or 'all'}":
+            return shape
+    named = ", ".join(f"{side}:{scope or 'all'}" for side, _, scope, _ in SHAPES)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {named}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -388,6 +454,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=0.6, help="seconds of running for each contender and cell")
     parser.add_argument("--compile", action="store_true", help="the peers and auto under torch.compile as well")
+    parser.add_argument("--cells", nargs="+", type=cell, default=None, metavar="SIDE:SCOPE", help="56:23, 64:all, ...")
+    parser.add_argument("--limit-s", type=float, default=10.0, help="a contender that takes longer a call is left out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -396,10 +464,16 @@ def main() -> None:
         print(f"warning: {why_not}", file=sys.stderr)
         args.compile = False
     rows: list[dict[str, Any]] = []
-    for side, dim, scope, batch in SHAPES[:2] if args.quick else SHAPES:
+    for name in args.dtype:
+        reached = ceilings(args.device, getattr(torch, name))
+        about[f"ceilings_{name}"] = {what: float(f"{rate:.3g}") for what, rate in reached.items()}
+        print(f"{name}: {2e-12 * reached['macs_per_s']:.3g} TFLOP/s, a copy {1e-9 * reached['bytes_per_s']:.3g} GB/s")
+    for side, dim, scope, batch in args.cells or (SHAPES[:2] if args.quick else SHAPES):
         for name in args.dtype:
-            dtype = getattr(torch, name)
-            rows += bench_shape(side, dim, scope, args.batch or batch, dtype, args.device, args.budget_s, args.compile)
+            rows += bench_shape(
+                side, dim, scope, args.batch or batch, getattr(torch, name), args.device, args.budget_s, args.compile,
+                args.limit_s,
+            )  # fmt: skip
             _result(about, rows, {}, args.out)  # what an interrupted run has measured is kept
     found = summary(rows, args.device)
     for key in ("geometric_mean_times_timm", "geometric_mean_times_fastest"):

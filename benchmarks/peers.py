@@ -13,7 +13,7 @@ from lambdanets import LambdaLayer
 from lambdanets.ops import STRATEGIES, relative_embeddings
 
 PEERS = {"timm": None, "plain einsum": "lambdas", "conv2d": "conv"}  # which order of ours predicts a peer's time
-OURS = ("auto", "fuse")
+OURS = ("auto", "fuse", "fused")  # the last on a GPU alone: "auto" does not take it yet
 COMPILED = " compiled"  # the end of a compiled contender's name
 
 

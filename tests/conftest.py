@@ -15,6 +15,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic, before it starts
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:

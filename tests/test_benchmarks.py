@@ -24,6 +24,7 @@ from lambdanets.batches import Batches, View
 from lambdanets.data import folder
 from lambdanets.distributed import Ranks
 from lambdanets.learner import Learner
+from lambdanets.ops import Problem, relative_embeddings
 
 SMALL = {"lambda_resnet_tiny": 32, "test_efficientnet": 64}
 
@@ -328,7 +329,47 @@ def test_the_aims_of_the_layer_stand_beside_what_was_measured():
     grid = op.summary([cell(14, 7, times_fastest=1.0, times_timm=5.9)] * len(op.SHAPES), "cpu")["aims"]
     assert {aim["what"]: aim["met"] for aim in grid if "geometric" in aim["cell"]} == {"times_timm": False}
     assert op.aims(cell(7, 23, "bfloat16"), "cpu") == {"times_fastest": 4.0, "times_timm": 12.0}
-    assert op.aims(cell(7, 23, "bfloat16"), "cuda") == {"times_fastest": 5.0}
+    assert op.aims(cell(7, 23, "bfloat16"), "cuda") == {"times_fastest": 5.0, "roofline": 0.5}
+
+
+@pytest.mark.parametrize(("grid", "table"), [((5, 4), (3, 7)), ((3, 3), (23, 23)), ((6, 2), (1, 1))])
+def test_the_least_work_counts_the_contexts_in_the_window_and_on_the_map(grid, table):
+    seen = relative_embeddings(torch.ones(*table, 1, 1), grid).sum().item()  # pairs of a query and a context
+    n = grid[0] * grid[1]
+    p = Problem(2, n, n, 4, 16, 8, grid=grid, context_grid=grid, table=table, dtype=torch.bfloat16)
+    macs, moved = op.least_work(p, 32)
+    assert macs == 2 * seen * min(16 * 8, 4 * (16 + 8)) + 2 * n * (32 * (64 + 16 + 8) + 16 * 8 + 4 * 16 * 8)
+    assert moved == 2 * 2 * n * (32 + 32)
+    assert op.least_work(replace(p, training=True), 32) == (3 * macs, moved * 5 // 2)
+
+
+def test_the_ceilings_are_measured_and_a_row_says_how_near_it_comes(monkeypatch):
+    monkeypatch.setitem(op.CEILING, "cpu", (256, 1 << 22))
+    op.ceilings.cache_clear()
+    reached = op.ceilings("cpu", torch.float32)
+    op.ceilings.cache_clear()
+    assert 1e8 < reached["macs_per_s"] < 1e14
+    assert 1e8 < reached["bytes_per_s"] < 1e13
+    monkeypatch.setattr(op, "ceilings", lambda device, dtype: {"macs_per_s": 1e9, "bytes_per_s": 1e30})
+    for made in op.bench_shape(4, 16, 3, 2, torch.float32, "cpu", 0.0, False):
+        assert made["least_ms"] == pytest.approx(made["roofline"] * made["ms"][made["ours"]], rel=0.01, abs=1e-3)
+        assert made["least_ms"] > 0
+    assert op.aims({**cell(7, 23, "bfloat16")}, "cuda")["roofline"] == 0.5
+
+
+def test_a_contender_that_takes_too_long_is_reported_and_left_out(capsys):
+    rows = op.bench_shape(4, 16, 3, 2, torch.float32, "cpu", 0.0, False, 1e-9)
+    assert rows == []
+    assert "conv2d is left out at 4², d 16: a call took 0.0 s, over the limit of 1e-09 s" in capsys.readouterr().err
+
+
+def test_some_of_the_shapes_can_be_asked_for(monkeypatch, capsys):
+    assert op.cell("64:all") == (64, 256, None, 2)
+    assert [op.cell(f"{side}:{scope or 'all'}") for side, _, scope, _ in op.SHAPES] == op.SHAPES
+    monkeypatch.setattr("sys.argv", ["op", "--cells", "56:22"])
+    with pytest.raises(SystemExit):
+        op.main()
+    assert "'56:22' is none of 7:23, 14:23" in capsys.readouterr().err
 
 
 def test_a_peer_that_does_not_compile_is_reported_and_left_out(monkeypatch, capsys):

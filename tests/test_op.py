@@ -52,18 +52,19 @@ class Case:
     causal: bool = False
     key_norm: str = "softmax"
 
-    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+    def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor | None]:
         n, m = math.prod(self.grid), math.prod(self.context or self.grid)
         b, h, k, v, u = self.b, self.h, self.k, self.v, self.u
-        return {
+        made = {
             "q": torch.randn(b, n, h, k, dtype=dtype),
             "keys": 3 * torch.randn(b, m, k, u, dtype=dtype) if self.keys else None,
             "values": torch.randn(b, m, v, u, dtype=dtype),
             "table": torch.randn(*self.table, k, u, dtype=dtype) if self.table else None,
             "embeddings": torch.randn(n, m, k, u, dtype=dtype) if self.embeddings else None,
         }
+        return {name: x if x is None else x.to(device) for name, x in made.items()}
 
-    def mask_tensor(self) -> Tensor | None:
+    def mask_tensor(self, device: str = "cpu") -> Tensor | None:
         n, m = math.prod(self.grid), math.prod(self.context or self.grid)
         shapes = {"queries": (n, m), "examples": (self.b, n, m), "padding": (self.b, 1, m), "fully": (self.b, n, m)}
         if self.mask is None:
@@ -71,7 +72,7 @@ class Case:
         mask = torch.rand(shapes[self.mask]) < 0.6
         if self.mask == "fully":
             mask[0, n // 2] = False
-        return mask
+        return mask.to(device)
 
     def run(self, t: dict[str, Tensor | None], mask: Tensor | None, strategy: str, limit: int | None = None) -> Tensor:
         return lambda_op(
@@ -84,7 +85,7 @@ class Case:
         E = t["embeddings"] if t["table"] is None else relative_embeddings(t["table"], self.grid, self.context)
         if self.causal:
             n = math.prod(self.grid)
-            lower = torch.ones(n, n, dtype=torch.bool).tril()
+            lower = torch.ones(n, n, dtype=torch.bool, device=t["q"].device).tril()
             mask = lower if mask is None else mask & lower
         return lambda_reference(t["q"], t["keys"], t["values"], E, mask=mask, key_norm=self.key_norm)
 
@@ -127,7 +128,7 @@ CASES = {
 
 def runs(case: Case, strategy: str, mask: Tensor | None) -> bool:
     """Whether this strategy takes this case, by its own word."""
-    t = case.tensors()
+    t = case.tensors(device="cpu" if mask is None else mask.device)
     try:
         case.run(t, mask, strategy)
     except ValueError as error:
@@ -139,7 +140,7 @@ def runs(case: Case, strategy: str, mask: Tensor | None) -> bool:
 def forward_and_gradients(f, tensors: dict[str, Tensor | None], grad: Tensor | None = None):
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t is not None}
     y = f({name: leaves.get(name) for name in tensors})
-    grad = torch.randn(y.shape, dtype=y.dtype) if grad is None else grad
+    grad = torch.randn(y.shape, dtype=y.dtype).to(y.device) if grad is None else grad
     grads = torch.autograd.grad(y, list(leaves.values()), grad, allow_unused=True)
     return (
         y,
@@ -158,12 +159,12 @@ def errors_against_float64(case: Case, t: dict[str, Tensor | None], y: Tensor, g
 
 @pytest.mark.parametrize("strategy", HERE)
 @pytest.mark.parametrize("name", CASES)
-def test_every_strategy_equals_the_reference_forward_and_every_gradient(name: str, strategy: str) -> None:
-    case, mask = CASES[name], CASES[name].mask_tensor()
+def test_every_strategy_equals_the_reference_forward_and_every_gradient(name: str, strategy: str, device: str) -> None:
+    case, mask = CASES[name], CASES[name].mask_tensor(device)
     if not runs(case, strategy, mask):
         assert STRATEGIES[strategy].why_not is not None
         return
-    t = case.tensors()
+    t = case.tensors(device=device)
     want, want_grads, dy = forward_and_gradients(lambda t: case.reference(t, mask), t)
     limits = (None, 2_000, 200) if STRATEGIES[strategy].chunked else (None,)
     for limit in limits:
