@@ -18,13 +18,13 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 import lambdanets
-from benchmarks import figure, model, op, peers, public, timm_train
+from benchmarks import figure, model, op, peers, public, rates, timm_train
 from lambdanets import optim
 from lambdanets.batches import Batches, View
 from lambdanets.data import folder
 from lambdanets.distributed import Ranks
 from lambdanets.learner import Learner
-from lambdanets.ops import Problem, relative_embeddings
+from lambdanets.ops import Problem, relative_embeddings, strategies
 
 SMALL = {"lambda_resnet_tiny": 32, "test_efficientnet": 64}
 
@@ -370,6 +370,36 @@ def test_some_of_the_shapes_can_be_asked_for(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         op.main()
     assert "'56:22' is none of 7:23, 14:23" in capsys.readouterr().err
+
+
+def test_the_fit_finds_the_rates_that_made_the_times(monkeypatch):
+    key = ("cpu", False, False)
+    machine = strategies._rates((1e11, 3e10, 2e11, 5e10, 1e6), (2e10, 1e10, 3e10, 1e10, 1e9), 4.0, 1e-4)
+    problems = [rates.problem(shape, torch.float32, False, "cpu") for shape in rates.SHAPES]
+    with rates.with_rates(key, machine):
+        priced = [[strategies._price(p, name, None) for name in strategies.STRATEGIES] for p in problems]
+    times = [{c.strategy: c.seconds for c in costs if c.why_not is None} for costs in priced]
+    group = list(zip(problems, times, strict=True))
+    assert max(rates.choices(key, strategies._RATES[key], group)) > 1.5
+    found = rates.fit(key, group)
+    assert max(rates.choices(key, found, group)) < 1.05
+    for order in ("lambdas", "scores", "conv"):
+        assert found.macs[order] == pytest.approx(machine.macs[order], rel=0.2)
+
+
+def test_rates_are_measured_kept_and_fitted_again_from_the_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rates, "SHAPES", [(4, 3, 8, 1), (5, None, 8, 2)])
+    monkeypatch.setattr("sys.argv", ["rates", "--budget-s", "0", "--out", str(tmp_path / "rates.json")])
+    rates.main()
+    first = capsys.readouterr().out
+    made = json.loads((tmp_path / "rates.json").read_text())["rows"]
+    assert len(made) == 2 * 2 * 2
+    assert all({"scores", "lambdas", "conv"} <= set(row["ms"]) for row in made)
+    monkeypatch.setattr("sys.argv", ["rates", "--fit", str(tmp_path / "rates.json")])
+    rates.main()
+    again = capsys.readouterr().out
+    assert first.endswith(again)
+    assert again.count("fitted: within 15% of the fastest in") == 4
 
 
 def test_a_peer_that_does_not_compile_is_reported_and_left_out(monkeypatch, capsys):

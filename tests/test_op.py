@@ -27,6 +27,7 @@ from lambdanets.ops import (
     lambda_reference,
     plan,
     relative_embeddings,
+    strategies,
     tune,
 )  # fmt: skip
 from lambdanets.ops.lambda_op import KEY_NORMS
@@ -721,6 +722,20 @@ def test_fourier_is_offered_on_a_cpu_and_only_named_on_a_gpu() -> None:
 
 
 # --- PyTorch's transformations --------------------------------------------------------------------------------------
+
+
+def test_16_bits_have_rates_of_their_own_where_the_cpu_has_no_matrix_unit(monkeypatch) -> None:
+    p = Problem(2, 4096, 4096, 4, 16, 64, grid=(64, 64), context_grid=(64, 64), table=(23, 23), dtype=torch.bfloat16)
+    first = {}
+    for amx in (True, False):
+        monkeypatch.setattr(strategies, "_AMX", amx)
+        strategies._plan.cache_clear()
+        first[amx] = plan(p)[0].strategy
+        assert strategies.rates_key(p)[0] == ("cpu" if amx else "cpu without AMX")
+        assert strategies.rates_key(replace(p, dtype=torch.float32))[0] == "cpu"
+        assert strategies.rates_key(replace(p, device="cuda"))[0] == "cuda"
+    strategies._plan.cache_clear()
+    assert first == {True: "conv", False: "fourier"}  # an EPYC: 58 and 31 ms
 
 
 @pytest.mark.parametrize("strategy", ["auto", *HERE])
