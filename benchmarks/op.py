@@ -1,7 +1,7 @@
 """Times the lambda layer in every strategy beside its public forms (peers.py), with equal weights.
 
     python -m benchmarks.op                       the paper's shapes on this machine's CPU, float32 and bfloat16
-    python -m benchmarks.op --compile             each peer and "auto" under torch.compile too: four compilations a cell
+    python -m benchmarks.op --compile             the peers and ours under torch.compile too: five compilations a cell
     python -m benchmarks.op --device cuda --batch 128 --dtype bfloat16 --compile
     python -m benchmarks.op --cells 56:23 64:all  some of the shapes, by side and scope: compiling all takes an hour
     python -m benchmarks.op --quick               the two smallest maps, for a look
@@ -29,6 +29,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -49,13 +50,13 @@ SHAPES = [  # map side, channels, scope (None: global), batch
     (7, 512, 7, 8), (14, 256, 7, 8), (28, 128, 7, 8), (56, 64, 7, 8),
     (7, 512, None, 8), (14, 256, None, 8), (28, 128, None, 8), (64, 256, None, 2),
 ]  # fmt: skip
-BUDGET_BYTES = 6 << 30  # what a contender may allocate at once here
+BUDGET_BYTES = {"cpu": 6 << 30, "cuda": 40 << 30}  # what a contender may allocate at once
 CEILING = {"cpu": (2048, 1 << 27), "cuda": (8192, 1 << 31)}  # side of the matrices, bytes of the copy
 HOPELESS = 8, 1.0  # a contender predicted to take so many times the best one's time, and so many seconds, is left out
 
 
 def truth(layer: LambdaLayer, x: Tensor, queries: Tensor) -> Tensor:
-    """The reference in float64 at some queries: (b, queries, dim_out)."""
+    """The reference in float64 of at most 8 examples at some queries: (b, queries, dim_out)."""
     exact = LambdaLayer(layer.dim, scope=layer.scope, size=layer.size).double()
     exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
     exact.train(layer.training)
@@ -65,10 +66,11 @@ def truth(layer: LambdaLayer, x: Tensor, queries: Tensor) -> Tensor:
         q = exact.norm_q(exact.to_q(x)).reshape(b, h, k, n).permute(0, 3, 1, 2)[:, queries]
         keys = exact.to_k(x).reshape(b, k, 1, n).permute(0, 3, 1, 2)
         values = exact.norm_v(exact.to_v(x)).reshape(b, v, 1, n).permute(0, 3, 1, 2)
+        q, keys, values = q[:8], keys[:8], values[:8]  # not before: the norms see the whole batch
         out = []
         for i, position in enumerate(queries.tolist()):
             E = _row(exact.table, (position // side, position % side), side)
-            out.append(lambda_reference(q[:, i : i + 1], keys, values, E).reshape(b, 1, h * v))
+            out.append(lambda_reference(q[:, i : i + 1], keys, values, E).reshape(len(q), 1, h * v))
     return torch.cat(out, 1)
 
 
@@ -214,9 +216,49 @@ def least_work(p: Problem, dim: int) -> tuple[int, int]:
     return macs * (3 if p.training else 1), numbers * p.dtype.itemsize
 
 
+class TooSlow(Exception):
+    """A call takes longer than --limit-s."""
+
+
+def ready(
+    name: str, run: nn.Module, x: Tensor, want: Tensor, queries: Tensor, backward: bool, limit_s: float
+) -> Callable[[], Tensor]:
+    """The call to be timed, of a contender that agrees with the reference (else SystemExit) and is not TooSlow."""
+    call, started = work(run, x, backward), time.perf_counter()
+    got = call().flatten(2).mT[: len(want), queries.to(x.device)].double().cpu()
+    took = time.perf_counter() - started
+    distance = ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
+    if not distance <= 20 * torch.finfo(x.dtype).eps:
+        side, dim = x.shape[-1], x.shape[1]
+        raise SystemExit(f"{name} disagrees with the reference at {side}², d {dim}: relative rms {distance:.1e}")
+    if limit_s < took < 60:  # the first call also compiles, and looks for the fastest routine
+        took = seconds(call, x.device.type)
+    if took > limit_s:
+        raise TooSlow(f"a call took {took:.1f} s, over the limit of {limit_s} s")
+    return work(run, x, backward)  # nothing of the first one stays
+
+
 def bench_shape(
     side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool,
     limit_s: float = math.inf,
+) -> list[dict[str, Any]]:  # fmt: skip
+    with library(device):
+        return _bench_shape(side, dim, scope, batch, dtype, device, budget_s, compile, limit_s)
+
+
+def library(device: str) -> AbstractContextManager[None]:
+    """cuDNN may try some routines, which helps the peers; nobody's float32 is TF32, which agrees with no reference."""
+    if device == "cpu":
+        return nullcontext()
+    found: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, benchmark_limit=4, allow_tf32=False
+    )
+    return found
+
+
+def _bench_shape(
+    side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool,
+    limit_s: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     torch.manual_seed(0)
     layers = contenders(side, dim, scope)
@@ -234,7 +276,7 @@ def bench_shape(
         want = truth(layers["auto"], x, queries)
         problem = replace(layers["auto"].problem(x.to(device)), training=backward)
         costs = {c.strategy: c for c in plan(problem)}
-        names = [name for name in layers if _worth(name, costs, side, scope, batch, dtype, backward)]
+        names = [name for name in layers if _worth(name, costs, side, scope, batch, dtype, device, backward)]
         asked = {name: why_not_run(name, side, scope, dtype, device, backward) for name in names}
         left_out = {name: why for name, why in asked.items() if why}
         names = [name for name in names if name not in left_out]
@@ -242,40 +284,26 @@ def bench_shape(
             torch._dynamo.reset()  # each cell compiles anew, and drops the last one's code
             names += [name + COMPILED for name in names if name in PEERS or name in OURS]
         calls: dict[str, Callable[[], Tensor]] = {}
+        failed = []
         for name in names:
             layer = layers[name.removesuffix(COMPILED)]
             run = compiled(layer, device, backward) if name.endswith(COMPILED) else layer
-            call, started = work(run, x.to(device), backward), time.perf_counter()
             try:
-                got = call()
-            except Exception as error:  # whatever a compiler raises
-                if not name.endswith(COMPILED):
-                    raise
+                calls[name] = ready(name, run, x.to(device), want, queries, backward, limit_s)
+            except Exception as error:  # whatever a compiler raises, or a GPU's library
                 left_out[name] = reason(error)
-                continue
-            got = got.flatten(2).mT[:, queries.to(device)].double().cpu()
-            distance = ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
-            if not distance <= 20 * torch.finfo(dtype).eps:
-                raise SystemExit(
-                    f"{name} disagrees with the reference at {side}², d {dim}: relative rms {distance:.1e}"
-                )
-            took = time.perf_counter() - started
-            if took > limit_s:  # the first call also compiles and chooses
-                took = seconds(call, device) if took < 10 * limit_s or name.endswith(COMPILED) else took
-            if took > limit_s:
-                left_out[name] = f"a call took {took:.1f} s, over the limit of {limit_s} s"
-            else:
-                calls[name] = call
+                if not name.endswith(COMPILED) and not isinstance(error, TooSlow):
+                    failed.append(name)
             layer.zero_grad(set_to_none=True)
         for name, why in left_out.items():
             print(f"{name} is left out at {side}², d {dim}: {why}", file=sys.stderr)
+        if not any(name in OURS for name in calls):
+            continue
         peaks = {
             name: peak_bytes(call, device)
             for name, call in calls.items()
             if device == "cuda" or not name.endswith(COMPILED)
         }
-        if not any(name in OURS for name in calls):
-            continue
         times = measure(calls, device, budget_s)
         median = {name: statistics.median(t) for name, t in times.items()}
         found, (macs, moved) = ratios(median), least_work(problem, dim)
@@ -288,7 +316,7 @@ def bench_shape(
             "spread": {name: [round(1e3 * min(t), 3), round(1e3 * max(t), 3)] for name, t in times.items()},
             "peak_mb": {name: round(p / 1e6, 2) for name, p in peaks.items()},
             "predicted_ms": {name: round(1e3 * c.seconds, 3) for name, c in costs.items() if name in times},
-            "left_out": left_out, **found,
+            "left_out": left_out, "failed": failed, **found,
             "least_ms": round(1e3 * least_s, 4), "roofline": round(least_s / median[found["ours"]], 3),
         }  # fmt: skip
         rows.append(row)
@@ -297,8 +325,9 @@ def bench_shape(
 
 
 def _worth(
-    name: str, costs: dict[str, Cost], side: int, scope: int | None, batch: int, dtype: torch.dtype, backward: bool
-) -> bool:
+    name: str, costs: dict[str, Cost], side: int, scope: int | None, batch: int, dtype: torch.dtype, device: str,
+    backward: bool,
+) -> bool:  # fmt: skip
     """Whether a contender can run, has a chance, and fits into BUDGET_BYTES."""
     cost = costs.get(name)
     if cost is not None and cost.why_not is not None:
@@ -310,7 +339,7 @@ def _worth(
         return False
     expands = name in ("plain einsum", "lambdas", "scores") or (name == "timm" and scope is None)
     copies = batch if name == "timm" else 1  # timm expands the table for every example
-    return not expands or copies * 4 * side**4 * 16 * dtype.itemsize * (2 if backward else 1) <= BUDGET_BYTES
+    return not expands or copies * 4 * side**4 * 16 * dtype.itemsize * (2 if backward else 1) <= BUDGET_BYTES[device]
 
 
 def ratios(seconds_of: dict[str, float]) -> dict[str, Any]:
@@ -482,6 +511,8 @@ def main() -> None:
         sign = "met" if aim["met"] else "missed"
         print(f"{aim['cell']}: {aim['what']} {aim['measured']}, aim {aim['aim']}: {sign}")
     print(_result(about, rows, found, args.out))
+    if lost := sorted({f"{name} at {row['side']}²: {row['left_out'][name]}" for row in rows for name in row["failed"]}):
+        sys.exit(f"not everything was timed: {'; '.join(lost)}")
 
 
 def _result(about: dict[str, Any], rows: list[dict[str, Any]], found: dict[str, Any], out: Path | None) -> str:

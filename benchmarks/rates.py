@@ -4,19 +4,21 @@
     python -m benchmarks.rates --device cuda --batch 16 --out FILE    16 times the batch
     python -m benchmarks.rates --fit FILE [FILE ...]             fit again, to one or several machines together
 
-Times are medians of interleaved runs. A strategy that needs over --memory-gb at once, longer than --limit-s a run or 20
-times as long as the fastest is left out. The fit is least squares of the logarithms, the price is the plan's own. What
-it prints goes into _RATES, with how often the plan would then take a strategy within 15% of the fastest, and how often
-it does so today, on the same measurements.
+Times are medians of interleaved runs. A strategy that needs over --memory-gb at once, longer than --limit-s a run, or
+20 times as long as the fastest, or is priced at that, is left out. The fit is least squares of the logarithms, and the
+price the plan's own. What it prints goes into _RATES, with how often the plan would then take a strategy within 15% of
+the fastest, and how often it does so today, on the same measurements.
 """
 
 import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,15 +27,17 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 
-from benchmarks.op import measure, start
+from benchmarks.op import BUDGET_BYTES, measure, seconds, start
+from benchmarks.peers import reason
 from lambdanets.ops import STRATEGIES, Problem, plan, strategies
-from lambdanets.ops.tune import _random, _seconds
+from lambdanets.ops.tune import random_position, run_once
 
 SHAPES = [  # side, scope (None: global), v, batch
     (7, 23, 128, 8), (7, 7, 128, 8), (14, 23, 64, 8), (14, 7, 64, 8), (14, None, 64, 8), (20, 23, 32, 8),
     (28, 23, 32, 8), (28, 23, 32, 2), (28, 7, 32, 8), (28, None, 32, 8), (40, 15, 32, 4), (56, 23, 16, 8),
     (56, 23, 16, 2), (56, 7, 16, 8), (64, 23, 64, 2), (64, None, 64, 2), (100, 11, 16, 2),
 ]  # fmt: skip
+FAR = 20  # a strategy that is priced at, or takes, so many times the fastest's time says nothing about choices
 ORDERS = tuple(strategies._RATES["cpu", False, False].macs)
 
 
@@ -48,37 +52,40 @@ def problem(shape: tuple[int, int | None, int, int], dtype: torch.dtype, trainin
 
 def measured(p: Problem, budget_s: float, limit_s: float, memory_bytes: int) -> dict[str, float]:
     """Seconds of the position part and q·λc, by strategy."""
-    position, calls, best_s = _random(p), {}, math.inf
+    position, calls, best_s = random_position(p), {}, math.inf
+    costs = [c for c in plan(p) if c.why_not is None]
     with torch.set_grad_enabled(p.training):
-        for cost in plan(p):
-            if cost.why_not or cost.largest_bytes * (3 if p.training else 1) > memory_bytes:
+        for cost in costs:
+            if cost.largest_bytes * (3 if p.training else 1) > memory_bytes or cost.seconds > FAR * costs[0].seconds:
                 continue
-
-            def call(name: str = cost.strategy, block: int = cost.block) -> None:
-                _seconds(position, name, block, p)
-
-            took = [_seconds(position, cost.strategy, cost.block, p)]  # the first run chooses routines
-            if took[0] < 20 * limit_s:
-                took.append(_seconds(position, cost.strategy, cost.block, p))
-            best_s = min(best_s, took[-1])
-            if took[-1] < min(limit_s, 20 * best_s):
+            call = partial(run_once, position, cost.strategy, cost.block, p)
+            try:
+                seconds(call, p.device)  # the first run looks for routines
+                took = seconds(call, p.device)
+            except (RuntimeError, torch.OutOfMemoryError) as error:  # a GPU's library, or too little memory
+                print(f"{cost.strategy} is left out: {reason(error)}", file=sys.stderr)
+                continue
+            best_s = min(best_s, took)
+            if took < min(limit_s, FAR * best_s):
                 calls[cost.strategy] = call
         return {name: statistics.median(t) for name, t in measure(calls, p.device, budget_s).items()}
 
 
-def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
+def rows(args: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    memory_bytes = int(args.memory_gb * 2**30) if args.memory_gb else BUDGET_BYTES[args.device]
     for name in args.dtype:
         for shape in SHAPES[:2] if args.quick else SHAPES:
             for training in (False, True):
                 p = problem((*shape[:3], shape[3] * args.batch), getattr(torch, name), training, args.device)
-                seconds = measured(p, args.budget_s, args.limit_s, int(args.memory_gb * 2**30))
+                ms = {s: round(1e3 * t, 4) for s, t in measured(p, args.budget_s, args.limit_s, memory_bytes).items()}
                 fields = {**asdict(p), "dtype": name}
-                ms = {s: round(1e3 * t, 4) for s, t in seconds.items()}
                 found.append({"problem": fields, "rates": strategies.rates_key(p), "ms": ms})
-                takes = plan(p)[0].strategy
-                print(f"{shape[0]}² r={shape[1]} b={p.b} {name} {'fwd+bwd' if training else 'fwd'}: {takes} | ", end="")
-                print("  ".join(f"{s} {1e3 * t:.2f}" for s, t in seconds.items()), flush=True)
+                passes = "fwd+bwd" if training else "fwd"
+                times = "  ".join(f"{s} {t:.2f}" for s, t in ms.items())
+                print(f"{shape[0]}² r={shape[1]} b={p.b} {name} {passes}: {plan(p)[0].strategy} | {times}", flush=True)
+                if args.out:  # what an interrupted run has measured is kept
+                    args.out.write_text(json.dumps({"machine": about, "rows": found}) + "\n")
     return found
 
 
@@ -91,9 +98,9 @@ def vector(rates: Any) -> np.ndarray:
     return np.log([*rates.macs.values(), *rates.bytes.values(), rates.far, rates.block_s])
 
 
-def rates_of(x: np.ndarray) -> Any:
+def rates_of(x: np.ndarray, digits: int = 12) -> Any:
     n = len(ORDERS)
-    values = [float(f"{v:.2g}") for v in np.exp(x)]
+    values = [float(f"{v:.{digits}g}") for v in np.exp(x)]
     return strategies._rates(tuple(values[:n]), tuple(values[n : 2 * n]), values[-2], values[-1])
 
 
@@ -113,27 +120,24 @@ def fit(key: Key, group: Group) -> Any:
     today = vector(strategies._RATES[key])
 
     def errors(x: np.ndarray) -> np.ndarray:
-        n = len(ORDERS)
-        values = np.exp(x)
-        tried = strategies._rates(tuple(values[:n]), tuple(values[n : 2 * n]), values[-2], values[-1])
-        with with_rates(key, tried):
+        with with_rates(key, rates_of(x)):
             off = [math.log(strategies._price(p, s, None).seconds / t) for p, ts in group for s, t in ts.items()]
         return np.concatenate([off, 0.02 * (x - today)])
 
     low, high = today - math.log(1000), today + math.log(1000)
     low[-2] = 0.0  # memory is not faster than the cache
     start_at = np.clip(today, low + 1e-6, high - 1e-6)
-    return rates_of(least_squares(errors, start_at, bounds=(low, high), loss="soft_l1").x)
+    return rates_of(least_squares(errors, start_at, bounds=(low, high), loss="soft_l1").x, digits=2)
 
 
 def choices(key: Key, rates: Any, group: Group) -> list[float]:
     """The time of what the plan takes over that of the fastest, problem by problem."""
     found = []
     with with_rates(key, rates):
-        for p, seconds in group:
-            allowed = [s for s in seconds if strategies.where(p) in STRATEGIES[s].automatic]
+        for p, times in group:
+            allowed = [s for s in times if strategies.where(p) in STRATEGIES[s].automatic]
             takes = min(allowed, key=lambda s: strategies._price(p, s, None).seconds)
-            found.append(seconds[takes] / min(seconds[s] for s in allowed))
+            found.append(times[takes] / min(times[s] for s in allowed))
     return found
 
 
@@ -163,7 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=0.3, help="seconds of running for each strategy and problem")
     parser.add_argument("--limit-s", type=float, default=2.0, help="a strategy that takes longer is left out")
-    parser.add_argument("--memory-gb", type=float, default=6.0)
+    parser.add_argument("--memory-gb", type=float, default=None, help="what may be allocated at once: 6, on a GPU 40")
     parser.add_argument("--quick", action="store_true", help="two shapes, for a look")
     parser.add_argument("--fit", nargs="+", type=Path, default=None, metavar="FILE", help="measure nothing")
     parser.add_argument("--out", type=Path, default=None)
@@ -172,10 +176,7 @@ def main() -> None:
         report([row for path in args.fit for row in json.loads(path.read_text())["rows"]])
         return
     about = start(args.device, args.threads)
-    found = rows(args)
-    if args.out:
-        args.out.write_text(json.dumps({"machine": about, "rows": found}) + "\n")
-    report(found)
+    report(rows(args, about))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic, before it starts
+torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions are compared in float32
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -107,7 +107,7 @@ def test_fused_and_accelerated_models_give_the_same_logits(name: str, device: st
 @pytest.mark.parametrize("strategy", ["auto", "conv", "scores", "lambdas_chunked", "fused"])
 def test_compiles_as_one_graph(strategy: str, training: bool, device: str) -> None:
     if device == "cpu" and strategy == "fused":
-        strategy = "auto"
+        strategy = "fourier"
     torch._dynamo.reset()
     layer = LambdaLayer(32, heads=2, scope=5, strategy=strategy).to(device).train(training)
     x, dy = torch.randn(2, 32, 9, 10), torch.randn(2, 32, 9, 10)
@@ -160,6 +160,7 @@ def test_the_kernels_hold_no_scores_no_lambdas_and_no_expanded_table(device: str
     def call() -> None:
         lambda_op(**t, grid=(side, side), strategy=strategy).backward(dy)
 
+    call()  # a library's first call takes a workspace
     peak = op.peak_bytes(call, device, known=[*t.values(), dy])
     given = sum(x.numel() * x.element_size() for x in (*t.values(), dy))
     assert 0 < peak < 12 * given  # of 64²: s alone is 38 times as much, E 76 times

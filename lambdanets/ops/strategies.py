@@ -262,7 +262,8 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
     return _Rates(dict(zip(orders, macs, strict=True)), dict(zip(orders, moved, strict=True)), far, block_s)
 
 
-_LARGE_KERNEL = 60  # from here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2))
+# From here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2)); a GPU's: a guess.
+_LARGE_KERNEL = 60
 _AMX = bool(torch.cpu._is_amx_tile_supported())  # a matrix unit: 16-bit products at several times the rate
 # Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-23 (2), to
 # every strategy on 17 shapes, on a Xeon with AMX (two threads: the ranking is what matters); in float32 it ranks as
@@ -276,10 +277,10 @@ _RATES = {
     ("cpu", True, False): _rates((1e12, 6.4e11, 6.6e11, 1.8e11, 1e6), (3.6e10, 3.4e10, 1.8e10, 3.2e10, 1e9), 2.4, 2e-4),
     ("cpu", True, True): _rates((2e11, 8.6e11, 1.25e11, 3.2e10, 1e6), (5.5e9, 6.4e9, 3.6e9, 9e9, 1e9), 2.1, 9e-4),
     ("cpu without AMX", True, False): _rates(
-        (1.7e11, 1.4e11, 1.6e11, 6.3e10, 1e6), (3.8e10, 3.2e10, 8.5e9, 1.8e10, 1e9), 4.5, 2e-4
+        (1.7e11, 1.4e11, 1.5e11, 5.4e10, 1e6), (3.4e10, 2.7e10, 9e9, 1.8e10, 1e9), 3.8, 1.8e-4
     ),
     ("cpu without AMX", True, True): _rates(
-        (4.8e10, 6.4e10, 3.6e10, 1.6e10, 1e6), (4.7e9, 4.9e9, 2.4e9, 6.6e9, 1e9), 2.5, 8.4e-4
+        (4.4e10, 5.4e10, 3.6e10, 1.4e10, 1e6), (5.2e9, 5e9, 2.4e9, 6.6e9, 1e9), 2.5, 8e-4
     ),
     ("cuda", False, False): _rates((2e13, 1e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
     ("cuda", False, True): _rates((7e12, 3e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
@@ -364,10 +365,10 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     order = name.removesuffix("_chunked")
     blocks = max(1, p.n // block) if row.chunked else 1
     rate = rates.macs[order]
-    if order == "conv" and device == "cpu" and p.table is not None and p.grid is not None:
+    if order == "conv" and p.table is not None and p.grid is not None:
         rate = rate / 10 if max(convolution.cut(p.table, p.grid)) > _LARGE_KERNEL else rate
-        if p.training and _itemsize(p) < 4 and p.n > convolution.SMALL_MAP:  # the table's gradient has another route
-            rate = rate / 2
+        if device == "cpu" and p.training and _itemsize(p) < 4 and p.n > convolution.SMALL_MAP:
+            rate = rate / 2  # the table's gradient has another route
     far = 1.0 if largest <= _CACHE_BYTES[device] else rates.far
     seconds = macs / rate + moved / rates.bytes[order] * far + rates.block_s * blocks
     return Cost(name, macs, moved, largest, seconds, block, why_not)
@@ -392,7 +393,8 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
         here = where(p)
         if eager.exporting():
-            here, p = "export", replace(p, b=8)  # the graph serves any batch: its choice may not depend on this one
+            # The graph serves any batch, on any machine: neither this batch nor this CPU's matrix unit may decide.
+            here, p = "export", replace(p, b=8, dtype=torch.float32)
         best = _price(p, "lambdas", limit)
         for name, row in STRATEGIES.items():
             cost = _price(p, name, limit)

@@ -39,7 +39,7 @@ def _measure(p: Problem, limit: int | None) -> str:
         return rows[0].strategy
     times = {c.strategy: float("inf") for c in usable}
     with torch.inference_mode(False), torch.set_grad_enabled(p.training), torch.autocast(p.device, enabled=False):
-        position = _random(p)
+        position = random_position(p)
         for turn in range(_REPEATS + 1):  # interleaved; the first turn warms up
             for cost in usable:
                 seconds = _seconds(position, cost.strategy, cost.block, p)
@@ -47,7 +47,8 @@ def _measure(p: Problem, limit: int | None) -> str:
     return min(times, key=lambda name: times[name])
 
 
-def _random(p: Problem) -> Position:
+def random_position(p: Problem) -> Position:
+    """Random numbers of a problem, the same at every call."""
     generator = torch.Generator(p.device).manual_seed(0)
     dtype = torch.float32 if p.dtype == torch.float16 else p.dtype  # as `lambda_op` computes it
 
@@ -69,12 +70,17 @@ def _random(p: Problem) -> Position:
 def _seconds(position: Position, strategy: str, block: int, p: Problem) -> float:
     _wait(p)
     start = time.perf_counter()
+    run_once(position, strategy, block, p)
+    _wait(p)
+    return time.perf_counter() - start
+
+
+def run_once(position: Position, strategy: str, block: int, p: Problem) -> None:
+    """The position part and q·λc, with the backward pass if the problem has one."""
     y = STRATEGIES[strategy].run(position, block)
     if p.training:
         inputs = [x for x in position if isinstance(x, Tensor) and x.requires_grad]
         torch.autograd.grad(y, inputs, torch.ones_like(y))
-    _wait(p)
-    return time.perf_counter() - start
 
 
 def _wait(p: Problem) -> None:
