@@ -27,7 +27,6 @@ from lambdanets.ops import (
     lambda_reference,
     plan,
     relative_embeddings,
-    strategies,
     tune,
 )  # fmt: skip
 from lambdanets.ops.lambda_op import KEY_NORMS
@@ -474,14 +473,15 @@ def test_conv_has_gradients_of_its_own_a_few_examples_at_a_time_and_they_are_exa
         assert error <= (2e-6 if name == "keys" and dtype == torch.float32 else most), name
 
 
+@pytest.mark.parametrize("b", [1, 2])  # of one example a reshape is a view
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lambdas_of_a_convolution_lie_as_they_are_read_whatever_the_strides_of_its_one_channel(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, b: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, lambdas = [], convolution._lambdas
     monkeypatch.setattr(convolution, "_lambdas", lambda *a: made.append(lambdas(*a)) or made[-1])
     wanted = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
-    t = Case((6, 7), (3, 5), k=4).tensors(dtype)
+    t = Case((6, 7), (3, 5), b=b, k=4, u=1).tensors(dtype)
     table, values = t["table"], t["values"]
     weight = table.permute(2, 3, 0, 1).reshape(4, 15).contiguous()
     as_weight = weight.as_strided((4, 1, 3, 5), (15, 1, 5, 1)).permute(2, 3, 0, 1)  # a Conv3d's, turned
@@ -722,20 +722,6 @@ def test_fourier_is_offered_on_a_cpu_and_only_named_on_a_gpu() -> None:
 
 
 # --- PyTorch's transformations --------------------------------------------------------------------------------------
-
-
-def test_16_bits_have_rates_of_their_own_where_the_cpu_has_no_matrix_unit(monkeypatch) -> None:
-    p = Problem(2, 4096, 4096, 4, 16, 64, grid=(64, 64), context_grid=(64, 64), table=(23, 23), dtype=torch.bfloat16)
-    first = {}
-    for amx in (True, False):
-        monkeypatch.setattr(strategies, "_AMX", amx)
-        strategies._plan.cache_clear()
-        first[amx] = plan(p)[0].strategy
-        assert strategies.rates_key(p)[0] == ("cpu" if amx else "cpu without AMX")
-        assert strategies.rates_key(replace(p, dtype=torch.float32))[0] == "cpu"
-        assert strategies.rates_key(replace(p, device="cuda"))[0] == "cuda"
-    strategies._plan.cache_clear()
-    assert first == {True: "conv", False: "fourier"}  # an EPYC: 58 and 31 ms
 
 
 @pytest.mark.parametrize("strategy", ["auto", *HERE])

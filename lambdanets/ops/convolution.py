@@ -167,12 +167,13 @@ def folded(apply: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, .
 def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:
     """(b, m, v, u) -> (b·v, u, H, W), in the memory format that the convolution shall have."""
     b, _, v, u = values.shape
+    # Of one example a reshape is a strided view: the library would convert it, and choose the format of λ by it.
     if u == 1:  # only the stride of the one channel tells the formats apart
-        planes = values[..., 0].mT.reshape(b * v, *grid)
+        planes = values[..., 0].mT.reshape(b * v, *grid).contiguous()
         return planes[..., None].permute(0, 3, 1, 2) if channels_last else planes[:, None]
     if not channels_last:
-        return values.permute(0, 2, 3, 1).reshape(b * v, u, *grid)
-    return values.transpose(1, 2).reshape(b * v, *grid, u).permute(0, 3, 1, 2)
+        return values.permute(0, 2, 3, 1).reshape(b * v, u, *grid).contiguous()
+    return values.transpose(1, 2).reshape(b * v, *grid, u).contiguous().permute(0, 3, 1, 2)
 
 
 def _lambdas(values: Tensor, kernel: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -264,11 +264,9 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 
 # From here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2)); a GPU's: a guess.
 _LARGE_KERNEL = 60
-_AMX = bool(torch.cpu._is_amx_tile_supported())  # a matrix unit: 16-bit products at several times the rate
 # Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-23 (2), to
-# every strategy on 17 shapes, on a Xeon with AMX (two threads: the ranking is what matters); in float32 it ranks as
-# well without. What differs, "cpu without AMX", is the fit of `benchmarks.rates` on an EPYC (LOG.md, 2026-11-26 (2)).
-# "cuda" is a guess from data sheets, not measured yet.
+# every strategy on 17 shapes, on a Xeon with AMX (two threads: the ranking is what matters); an EPYC without is ranked
+# as well by it (LOG.md, 2026-11-26 (2)). "cuda" is a guess from data sheets, not measured yet.
 _RATES = {
     ("cpu", False, False): _rates(
         (2.1e11, 1.4e11, 4.7e11, 2.3e11, 1e6), (3.8e10, 8.2e10, 2e10, 3.1e10, 1e9), 3.2, 2e-4
@@ -276,12 +274,6 @@ _RATES = {
     ("cpu", False, True): _rates((4.6e10, 4.9e10, 3e10, 4.5e10, 1e6), (1e10, 1.5e10, 5.3e9, 8.6e9, 1e9), 3.0, 5.3e-4),
     ("cpu", True, False): _rates((1e12, 6.4e11, 6.6e11, 1.8e11, 1e6), (3.6e10, 3.4e10, 1.8e10, 3.2e10, 1e9), 2.4, 2e-4),
     ("cpu", True, True): _rates((2e11, 8.6e11, 1.25e11, 3.2e10, 1e6), (5.5e9, 6.4e9, 3.6e9, 9e9, 1e9), 2.1, 9e-4),
-    ("cpu without AMX", True, False): _rates(
-        (1.7e11, 1.4e11, 1.5e11, 5.4e10, 1e6), (3.4e10, 2.7e10, 9e9, 1.8e10, 1e9), 3.8, 1.8e-4
-    ),
-    ("cpu without AMX", True, True): _rates(
-        (4.4e10, 5.4e10, 3.6e10, 1.4e10, 1e6), (5.2e9, 5e9, 2.4e9, 6.6e9, 1e9), 2.5, 8e-4
-    ),
     ("cuda", False, False): _rates((2e13, 1e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
     ("cuda", False, True): _rates((7e12, 3e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
     ("cuda", True, False): _rates((2e14, 5e13, 5e13, 1e13, 2e14), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
@@ -341,11 +333,6 @@ def where(p: Problem) -> str:
     return p.device if p.device in BLOCK_BYTES else "cuda"
 
 
-def rates_key(p: Problem) -> tuple[str, bool, bool]:
-    two_bytes = _itemsize(p) < 4
-    return "cpu without AMX" if where(p) == "cpu" and two_bytes and not _AMX else where(p), two_bytes, p.training
-
-
 def _price(p: Problem, name: str, limit: int | None) -> Cost:
     row = STRATEGIES[name]
     why_not = row.why_not(p)
@@ -361,7 +348,7 @@ def _price(p: Problem, name: str, limit: int | None) -> Cost:
     macs, moved, largest = row.cost(p, block)
     if why_not is None and limit is not None and largest > limit:
         why_not = f"its largest intermediate needs {largest:,} bytes, over the limit of {limit:,}"
-    rates = _RATES[rates_key(p)]
+    rates = _RATES[device, _itemsize(p) < 4, p.training]
     order = name.removesuffix("_chunked")
     blocks = max(1, p.n // block) if row.chunked else 1
     rate = rates.macs[order]
@@ -393,8 +380,7 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
         here = where(p)
         if eager.exporting():
-            # The graph serves any batch, on any machine: neither this batch nor this CPU's matrix unit may decide.
-            here, p = "export", replace(p, b=8, dtype=torch.float32)
+            here, p = "export", replace(p, b=8)  # the graph serves any batch: its choice may not depend on this one
         best = _price(p, "lambdas", limit)
         for name, row in STRATEGIES.items():
             cost = _price(p, name, limit)

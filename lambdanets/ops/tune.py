@@ -48,13 +48,14 @@ def _measure(p: Problem, limit: int | None) -> str:
 
 
 def random_position(p: Problem) -> Position:
-    """Random numbers of a problem, the same at every call."""
+    """Random numbers of a problem, the same at every call; q and V lie as in a layer, positions side by side."""
     generator = torch.Generator(p.device).manual_seed(0)
     dtype = torch.float32 if p.dtype == torch.float16 else p.dtype  # as `lambda_op` computes it
 
-    def normal(*size: int) -> Tensor:
-        x = torch.randn(size, generator=generator, device=p.device, dtype=torch.float32).to(dtype)
-        return x.requires_grad_(p.training)
+    def normal(*size: int, positions_last: bool = False) -> Tensor:
+        lies = (size[0], *size[2:], size[1]) if positions_last else size
+        x = torch.randn(lies, generator=generator, device=p.device, dtype=torch.float32).to(dtype)
+        return (x.movedim(-1, 1) if positions_last else x).requires_grad_(p.training)
 
     table = normal(*p.table, p.k, p.u) if p.table is not None else None
     embeddings = normal(p.n, p.m, p.k, p.u) if p.embeddings else None
@@ -62,8 +63,8 @@ def random_position(p: Problem) -> Position:
     if p.mask is not None:
         mask = torch.ones(1 if p.mask == "queries" else p.b, p.n, p.m, dtype=torch.bool, device=p.device)
     return Position(
-        normal(p.b, p.n, p.h, p.k), normal(p.b, p.m, p.v, p.u), table, embeddings, p.grid or (p.n,),
-        p.context_grid or (p.m,), mask, normal(p.b, p.k, p.v) if p.content else None,
+        normal(p.b, p.n, p.h, p.k, positions_last=True), normal(p.b, p.m, p.v, p.u, positions_last=True), table,
+        embeddings, p.grid or (p.n,), p.context_grid or (p.m,), mask, normal(p.b, p.k, p.v) if p.content else None,
     )  # fmt: skip
 
 
