@@ -198,16 +198,19 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     return {"macs_per_s": side**3 / median["product"], "bytes_per_s": 2 * size / median["copy"]}
 
 
+def pairs(grid: tuple[int, ...], table: tuple[int, ...]) -> int:
+    """How many queries and contexts of a map see each other: within the table, and on the map."""
+    return math.prod(
+        sum(min(side, i + r // 2 + 1) - max(0, i - r // 2) for i in range(side))
+        for side, r in zip(grid, table, strict=True)
+    )
+
+
 def least_work(p: Problem, dim: int) -> tuple[int, int]:
     """(multiply-adds, bytes) that a layer cannot do without: contexts outside the map, and q, k, v, cost nothing."""
     assert p.table is not None
     assert p.grid is not None
-    reach = [(r - 1) // 2 for r in p.table]
-    pairs = math.prod(
-        sum(min(side, i + far + 1) - max(0, i - far) for i in range(side))
-        for side, far in zip(p.grid, reach, strict=True)
-    )
-    position = p.b * pairs * p.u * min(p.k * p.v, p.h * (p.k + p.v))
+    position = p.b * pairs(p.grid, p.table) * p.u * min(p.k * p.v, p.h * (p.k + p.v))
     projections = p.b * p.n * dim * (p.h * p.k + p.k * p.u + p.v * p.u)
     content = p.b * p.n * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
     macs = position + projections + content
@@ -238,14 +241,6 @@ def ready(
     return work(run, x, backward)  # nothing of the first one stays
 
 
-def bench_shape(
-    side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool,
-    limit_s: float = math.inf,
-) -> list[dict[str, Any]]:  # fmt: skip
-    with library(device):
-        return _bench_shape(side, dim, scope, batch, dtype, device, budget_s, compile, limit_s)
-
-
 def library(device: str) -> AbstractContextManager[None]:
     """cuDNN may try some routines, which helps the peers; nobody's float32 is TF32, which agrees with no reference."""
     if device == "cpu":
@@ -256,9 +251,9 @@ def library(device: str) -> AbstractContextManager[None]:
     return found
 
 
-def _bench_shape(
+def bench_shape(
     side: int, dim: int, scope: int | None, batch: int, dtype: torch.dtype, device: str, budget_s: float, compile: bool,
-    limit_s: float,
+    limit_s: float = math.inf,
 ) -> list[dict[str, Any]]:  # fmt: skip
     torch.manual_seed(0)
     layers = contenders(side, dim, scope)
@@ -493,17 +488,20 @@ def main() -> None:
         print(f"warning: {why_not}", file=sys.stderr)
         args.compile = False
     rows: list[dict[str, Any]] = []
-    for name in args.dtype:
-        reached = ceilings(args.device, getattr(torch, name))
-        about[f"ceilings_{name}"] = {what: float(f"{rate:.3g}") for what, rate in reached.items()}
-        print(f"{name}: {2e-12 * reached['macs_per_s']:.3g} TFLOP/s, a copy {1e-9 * reached['bytes_per_s']:.3g} GB/s")
-    for side, dim, scope, batch in args.cells or (SHAPES[:2] if args.quick else SHAPES):
+    with library(args.device):
         for name in args.dtype:
-            rows += bench_shape(
-                side, dim, scope, args.batch or batch, getattr(torch, name), args.device, args.budget_s, args.compile,
-                args.limit_s,
-            )  # fmt: skip
-            _result(about, rows, {}, args.out)  # what an interrupted run has measured is kept
+            reached = ceilings(args.device, getattr(torch, name))
+            about[f"ceilings_{name}"] = {what: float(f"{rate:.3g}") for what, rate in reached.items()}
+            print(
+                f"{name}: {2e-12 * reached['macs_per_s']:.3g} TFLOP/s, a copy {1e-9 * reached['bytes_per_s']:.3g} GB/s"
+            )
+        for side, dim, scope, batch in args.cells or (SHAPES[:2] if args.quick else SHAPES):
+            for name in args.dtype:
+                rows += bench_shape(
+                    side, dim, scope, args.batch or batch, getattr(torch, name), args.device, args.budget_s,
+                    args.compile, args.limit_s,
+                )  # fmt: skip
+                _result(about, rows, {}, args.out)  # what an interrupted run has measured is kept
     found = summary(rows, args.device)
     for key in ("geometric_mean_times_timm", "geometric_mean_times_fastest"):
         print(f"{key}: {found[key]}")

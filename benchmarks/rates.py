@@ -78,8 +78,7 @@ def rows(args: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]
             for training in (False, True):
                 p = problem((*shape[:3], shape[3] * args.batch), getattr(torch, name), training, args.device)
                 ms = {s: round(1e3 * t, 4) for s, t in measured(p, args.budget_s, args.limit_s, memory_bytes).items()}
-                fields = {**asdict(p), "dtype": name}
-                found.append({"problem": fields, "ms": ms})
+                found.append({"problem": {**asdict(p), "dtype": name}, "ms": ms})
                 passes = "fwd+bwd" if training else "fwd"
                 times = "  ".join(f"{s} {t:.2f}" for s, t in ms.items())
                 print(f"{shape[0]}² r={shape[1]} b={p.b} {name} {passes}: {plan(p)[0].strategy} | {times}", flush=True)
@@ -150,13 +149,12 @@ def choices(key: Key, rates: Any, group: Group) -> list[float]:
     return found
 
 
-def report(measurements: list[dict[str, Any]]) -> dict[str, Any]:
+def report(measurements: list[dict[str, Any]]) -> None:
     groups: dict[Key, Group] = {}
     for row in measurements:
         p = restored(row["problem"])
         key = strategies.where(p), strategies._itemsize(p) < 4, p.training
         groups.setdefault(key, []).append((p, {s: t / 1e3 for s, t in row["ms"].items()}))
-    found = {}
     for key, group in groups.items():
         rates = fit(key, group)
         macs, moved = (", ".join(f"{x:.2g}" for x in some.values()) for some in (rates.macs, rates.bytes))
@@ -165,8 +163,6 @@ def report(measurements: list[dict[str, Any]]) -> dict[str, Any]:
             off = choices(key, what, group)
             within = sum(x <= 1.15 for x in off)
             print(f"      {name}: within 15% of the fastest in {within} of {len(off)}, worst {max(off):.2f}")
-            found[f"{key} {name}"] = {"within_15_percent": within, "of": len(off), "worst": round(max(off), 3)}
-    return found
 
 
 def main() -> None:

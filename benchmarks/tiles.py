@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.op import ceilings, measure, start
+from benchmarks.op import ceilings, measure, pairs, start
 from benchmarks.peers import reason
 from lambdanets.ops import fused
 
@@ -107,8 +107,7 @@ def compile_all(cells: list[tuple[int, int, int]], b: int, dtype: torch.dtype) -
 def macs(cell: tuple[int, int, int], b: int) -> int:
     """Of the paper's order, contexts within the window and the map."""
     side, scope, v = cell
-    pairs = sum(min(side, i + scope // 2 + 1) - max(0, i - scope // 2) for i in range(side)) ** 2
-    return b * pairs * 16 * v
+    return b * pairs((side, side), (scope, scope)) * 16 * v
 
 
 def bench(name: str, cell: tuple[int, int, int], b: int, dtype: torch.dtype, device: str, budget_s: float) -> dict:

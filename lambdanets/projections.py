@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.eager import autocast_dtype
+
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -67,8 +69,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(x, weight[(...,) + (None,) * (x.dim() - 2)], bias).flatten(2)
     # The map is read where it lies: a convolution copies it to its own layout and back.
     if training:
-        if torch.is_autocast_enabled("cpu"):  # it does not reach the gradients
-            x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
+        dtype = autocast_dtype(x)
+        if dtype is not None:  # autocast does not reach the gradients
+            x, weight = x.to(dtype), weight.to(dtype)
         y: Tensor = _Product.apply(x.flatten(2), weight)
         return y if bias is None else y + bias[:, None].to(y.dtype)
     every = weight.expand(x.shape[0], -1, -1)
