@@ -266,14 +266,14 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 _LARGE_KERNEL = 60
 # Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-23 (2), to
 # every strategy on 17 shapes, on a Xeon with AMX (two threads: the ranking is what matters); an EPYC without is ranked
-# as well by it (LOG.md, 2026-11-26 (2)). "cuda" is a guess from data sheets, not measured yet.
+# as well by it (LOG.md, 2026-11-26 (2)); fourier in training from 2026-11-26 (3). "cuda" is a guess from data sheets, not measured yet.
 _RATES = {
     ("cpu", False, False): _rates(
         (2.1e11, 1.4e11, 4.7e11, 2.3e11, 1e6), (3.8e10, 8.2e10, 2e10, 3.1e10, 1e9), 3.2, 2e-4
     ),
-    ("cpu", False, True): _rates((4.6e10, 4.9e10, 3e10, 4.5e10, 1e6), (1e10, 1.5e10, 5.3e9, 8.6e9, 1e9), 3.0, 5.3e-4),
+    ("cpu", False, True): _rates((4.6e10, 4.9e10, 3e10, 3.4e10, 1e6), (1e10, 1.5e10, 5.3e9, 8.6e9, 1e9), 3.0, 5.3e-4),
     ("cpu", True, False): _rates((1e12, 6.4e11, 6.6e11, 1.8e11, 1e6), (3.6e10, 3.4e10, 1.8e10, 3.2e10, 1e9), 2.4, 2e-4),
-    ("cpu", True, True): _rates((2e11, 8.6e11, 1.25e11, 3.2e10, 1e6), (5.5e9, 6.4e9, 3.6e9, 9e9, 1e9), 2.1, 9e-4),
+    ("cpu", True, True): _rates((2e11, 8.6e11, 1.25e11, 4.2e10, 1e6), (5.5e9, 6.4e9, 3.6e9, 1.1e10, 1e9), 2.1, 9e-4),
     ("cuda", False, False): _rates((2e13, 1e13, 1e13, 1e13, 2e13), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
     ("cuda", False, True): _rates((7e12, 3e12, 3e12, 3e12, 6e12), (1e12, 1e12, 1e12, 1e12, 1e12), 1.5, 6e-5),
     ("cuda", True, False): _rates((2e14, 5e13, 5e13, 1e13, 2e14), (4e12, 4e12, 4e12, 4e12, 4e12), 1.5, 2e-5),
