@@ -75,11 +75,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Product.apply(x.flatten(2), weight)
         return y if bias is None else y + bias[:, None].to(y.dtype)
     x = x.flatten(2)
-    if weight.dtype.itemsize >= 4 and len(weight) > x.shape[2]:  # the longer rows: a fifth less time at 7²
-        every = weight.t().expand(x.shape[0], -1, -1)
-        return (torch.bmm(x.mT, every) if bias is None else torch.baddbmm(bias, x.mT, every)).mT
-    every = weight.expand(x.shape[0], -1, -1)
-    return torch.bmm(every, x) if bias is None else torch.baddbmm(bias[:, None], every, x)
+    if x.device.type != "cpu":
+        every = weight.expand(x.shape[0], -1, -1)
+        return torch.bmm(every, x) if bias is None else torch.baddbmm(bias[:, None], every, x)
+    # Position by position, as it is read next. In 16 bits the library would copy the weights for each example.
+    if (autocast_dtype(x) or x.dtype).itemsize < 4:
+        return F.linear(x.mT.contiguous(), weight, bias).mT
+    every = weight.t().expand(x.shape[0], -1, -1)
+    return (torch.bmm(x.mT, every) if bias is None else torch.baddbmm(bias, x.mT, every)).mT
 
 
 class _Product(torch.autograd.Function):

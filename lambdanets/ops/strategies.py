@@ -265,8 +265,8 @@ def _rates(macs: tuple[float, ...], moved: tuple[float, ...], far: float, block_
 # From here on the CPU's convolution runs at about a tenth of its speed (LOG.md, 2026-11-22 (2)); a GPU's: a guess.
 _LARGE_KERNEL = 60
 # Keys: device, two-byte numbers or not, training or not. "cpu" is the least-squares fit of LOG.md, 2026-11-23 (2), to
-# every strategy on 17 shapes, on a Xeon with AMX (two threads: the ranking is what matters); an EPYC without is ranked
-# as well by it (LOG.md, 2026-11-26 (2)); fourier in training from 2026-11-26 (3). "cuda" is a guess from data sheets, not measured yet.
+# every strategy on 17 shapes, on a Xeon with AMX (two threads: the ranking is what matters), fourier in training from
+# 2026-11-26 (3); an EPYC without AMX is ranked as well by it. "cuda" is a guess from data sheets, not measured yet.
 _RATES = {
     ("cpu", False, False): _rates(
         (2.1e11, 1.4e11, 4.7e11, 2.3e11, 1e6), (3.8e10, 8.2e10, 2e10, 3.1e10, 1e9), 3.2, 2e-4
