@@ -1,5 +1,6 @@
 """A layer's 1x1 projections as one product, the batch norms after them, the memory formats of its maps."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from .ops.eager import autocast_dtype
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_SMALL_MAP = 20 * 20  # positions up to which a matrix product is faster than a convolution of a channels_last map
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
@@ -63,26 +65,27 @@ def project(
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 projection of a map (b, dim, *map) by weights (channels out, dim): (b, channels out, positions)."""
-    training = torch.is_grad_enabled()
-    if not x.is_contiguous() or (training and (x.device.type != "cpu" or torch.compiler.is_compiling())):
+    training, cpu = torch.is_grad_enabled(), x.device.type == "cpu"
+    if cpu and not training and (x.is_contiguous() or math.prod(x.shape[2:]) <= _SMALL_MAP):
+        # Position by position, as it is read next. In 16 bits the library would copy the weights for each example.
+        rows = x.flatten(2).mT
+        if rows.is_contiguous() or (autocast_dtype(x) or x.dtype).itemsize < 4:
+            return F.linear(rows.contiguous(), weight, bias).mT
+        every = weight.t().expand(x.shape[0], -1, -1)
+        return (torch.bmm(rows, every) if bias is None else torch.baddbmm(bias, rows, every)).mT
+    if not x.is_contiguous() or (training and (not cpu or torch.compiler.is_compiling())):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
         return convolve(x, weight[(...,) + (None,) * (x.dim() - 2)], bias).flatten(2)
     # The map is read where it lies: a convolution copies it to its own layout and back.
-    if training:
-        dtype = autocast_dtype(x)
-        if dtype is not None:  # autocast does not reach the gradients
-            x, weight = x.to(dtype), weight.to(dtype)
-        y: Tensor = _Product.apply(x.flatten(2), weight)
-        return y if bias is None else y + bias[:, None].to(y.dtype)
     x = x.flatten(2)
-    if x.device.type != "cpu":
+    if not training:
         every = weight.expand(x.shape[0], -1, -1)
         return torch.bmm(every, x) if bias is None else torch.baddbmm(bias[:, None], every, x)
-    # Position by position, as it is read next. In 16 bits the library would copy the weights for each example.
-    if (autocast_dtype(x) or x.dtype).itemsize < 4:
-        return F.linear(x.mT.contiguous(), weight, bias).mT
-    every = weight.t().expand(x.shape[0], -1, -1)
-    return (torch.bmm(x.mT, every) if bias is None else torch.baddbmm(bias, x.mT, every)).mT
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # autocast does not reach the gradients
+        x, weight = x.to(dtype), weight.to(dtype)
+    y: Tensor = _Product.apply(x, weight)
+    return y if bias is None else y + bias[:, None].to(y.dtype)
 
 
 class _Product(torch.autograd.Function):
