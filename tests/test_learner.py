@@ -121,7 +121,7 @@ def test_a_compiled_model_learns_the_same():
         assert b.loss_sum == pytest.approx(a.loss_sum, rel=1e-3)
 
 
-@pytest.mark.parametrize(("precision", "rel"), [("bfloat16", 0.05), ("float16", 0.01)])
+@pytest.mark.parametrize(("precision", "rel"), [("bfloat16", 0.05), ("float16", 0.02)])
 def test_R22_R23_autocast_is_near_float32_and_weights_stay_float32(precision, rel):
     plain, low = learner(), learner(precision=precision)
     for a, b in zip(steps(plain), steps(low), strict=True):
