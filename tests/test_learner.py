@@ -44,11 +44,11 @@ def learner(how=None, compile_model=False, **changes):
     return made
 
 
-def steps(made, count=3):
+def steps(made, count=3, rate=0.1):
     found = []
     for step in range(count):
         found.append(made.gradients(IMAGES, LABELS, step))
-        made.apply(step, 0.1, found[-1].norm)
+        made.apply(step, rate, found[-1].norm)
     return found
 
 
@@ -121,10 +121,11 @@ def test_a_compiled_model_learns_the_same():
         assert b.loss_sum == pytest.approx(a.loss_sum, rel=1e-3)
 
 
-@pytest.mark.parametrize(("precision", "rel"), [("bfloat16", 0.05), ("float16", 0.02)])
+@pytest.mark.parametrize(("precision", "rel"), [("bfloat16", 0.05), ("float16", 0.01)])
 def test_R22_R23_autocast_is_near_float32_and_weights_stay_float32(precision, rel):
     plain, low = learner(), learner(precision=precision)
-    for a, b in zip(steps(plain), steps(low), strict=True):
+    # At 0.1 the third loss is chaotic: 0.8 to 1.7% apart in float16, by the order of float32 sums; here 0.1%.
+    for a, b in zip(steps(plain, rate=0.02), steps(low, rate=0.02), strict=True):
         assert b.loss_sum == pytest.approx(a.loss_sum, rel=rel)
         assert b.norm == pytest.approx(a.norm, rel=0.1)  # of the gradient itself, the scale taken out
         assert b.loss_sum != a.loss_sum

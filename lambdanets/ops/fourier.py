@@ -131,14 +131,13 @@ class _Fourier(torch.autograd.Function):
 
 
 def _evaluated(q: Tensor, values: Tensor, lam_c: Tensor | None, by: "_Matrices") -> Tensor:
-    y = by.T.new_empty(*q.shape[:3], values.shape[2])
+    y = q.new_empty(*q.shape[:3], values.shape[2])
     for ex in by.examples(values):
         X, constant = by.analysed(values[ex]), None if lam_c is None else by.constant(lam_c[ex])
         for block in by.blocks:
-            every = y[ex, block.queries], q[ex, block.queries], by.lambdas(block, X, constant, values.shape[2])
-            for out, queries, lam in zip(*every, strict=True):  # λ is read where it lies, y written where it belongs
-                torch.bmm(by.widened(queries), lam, out=out)
-    return y.to(q.dtype)
+            lam = by.lambdas(block, X, constant, values.shape[2])
+            y[ex, block.queries] = torch.matmul(by.widened(q[ex, block.queries]), lam)
+    return y
 
 
 def _gradients(
