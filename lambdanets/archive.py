@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import queue
 import tarfile
 import tempfile
@@ -162,31 +161,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return found  # type: ignore[return-value]  # T, since there is no error
-
-
-@contextlib.contextmanager
-def placed(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` whole, synchronised, when the block ends; not at all where it fails."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder, a rename say, on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 # ---- the members of one archive

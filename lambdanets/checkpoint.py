@@ -31,8 +31,8 @@ import torchvision
 from torch import Tensor, nn
 
 import lambdanets
-from lambdanets.archive import placed
 from lambdanets.batches import View
+from lambdanets.files import write_atomically
 from lambdanets.recipes import Recipe
 from lambdanets.steps import TENSORS, BadRun, is_checkpoint, read_checkpoint
 
@@ -68,17 +68,6 @@ def next_numbered(folder: Path, name: str) -> Path:
     """FOLDER/NAME-N with N one above the largest there, by number."""
     found = (re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name) for path in folder.glob(f"{name}-*"))
     return folder / f"{name}-{max((int(match[1]) for match in found if match), default=0) + 1}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, synchronise, rename: after a crash the old content or the new is there, whole."""
-    with placed(path) as file:
-        file.write(content)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """`write_atomically` of indented JSON; a NaN is refused, since JSON has none."""
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def versions() -> dict[str, str | None]:

@@ -12,16 +12,20 @@ import json
 import math
 import os
 import re
+import stat
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from .errors import SHOWN, some
+from .files import tried_again
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"})
 """Files of a folder that are considered, in any case of letters; what a file really is, its content decides."""
@@ -32,7 +36,6 @@ MAX_IMAGE_PX = 50_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SYSTEM_NAMES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"})
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
-SHOWN = 10  # names in a message
 CHUNK_IMAGES = 1 << 20
 _LAYOUTS = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg"
 # EXIF tag 0x0112 -> what turns the stored picture upright.  ImageOps.exif_transpose rewrites all tags besides, and
@@ -68,6 +71,22 @@ class BadData(ValueError):
     """The data set as a whole is unusable; the message says what to do about it."""
 
 
+class DiskFault(BadData):
+    """A file could not be read, though it was tried again: nothing is known of its content.
+
+    The fault is the machine's or the network's (a folder that is away, EIO, EACCES), not the picture's, so nothing may
+    be concluded from it: no substitute, no line in a list of bad pictures. `name` says which file, `reason` why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
 def open_image(source: str | Path | bytes, *, name: str | None = None, max_px: int = MAX_IMAGE_PX) -> Image.Image:
     """Decodes one picture to 8-bit RGB, upright, whatever its file is called.
 
@@ -77,7 +96,9 @@ def open_image(source: str | Path | bytes, *, name: str | None = None, max_px: i
 
     Of an animation the first frame; transparency is composited on white; 16-bit grey is scaled, not clipped; CMYK is
     converted as Pillow does; the EXIF orientation is applied; colour profiles are not.
-    Raises BadImage with a plain reason for everything else: missing, empty, cut off, another format, too large.
+    Raises BadImage with a plain reason for content that is no such picture: empty, cut off, another format, too large;
+    DiskFault where the file cannot be read, which says nothing of its content: missing, forbidden, a fault of the disk,
+    each tried again for two seconds.
 
     >>> file = io.BytesIO()
     >>> Image.new("RGBA", (3, 2), (255, 0, 0, 0)).save(file, "PNG")
@@ -86,26 +107,35 @@ def open_image(source: str | Path | bytes, *, name: str | None = None, max_px: i
     """
     shown = name if name is not None else "<bytes>" if isinstance(source, bytes) else str(source)
     try:
-        with warnings.catch_warnings(), _file(source, shown) as file:
+        return tried_again(lambda: _opened(source, shown, max_px))
+    except OSError as error:
+        raise DiskFault(shown, f"cannot be read: {error.strerror}") from error
+
+
+def _opened(source: str | Path | bytes, name: str, max_px: int) -> Image.Image:
+    """The picture. Raises BadImage for its content, OSError with the system's number for the disk."""
+    try:
+        with warnings.catch_warnings(), _file(source, name) as file:
             warnings.simplefilter("ignore")  # Pillow's bomb and metadata warnings: decided here, by max_px
-            return _decode(file, shown, max_px)
+            return _decode(file, name, max_px)
     except (BadImage, MemoryError):  # no memory is the machine's fault, not the picture's
         raise
     except OSError as error:
-        raise BadImage(shown, f"cannot be read, broken or cut off: {error.strerror or error}") from error
+        if error.errno is not None:  # the system's; Pillow's own have no number
+            raise
+        raise BadImage(name, f"is broken or cut off: {error}") from error
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, IndexError ... on broken files
-        raise BadImage(shown, f"is broken: {type(error).__name__}: {error}") from error
+        raise BadImage(name, f"is broken: {type(error).__name__}: {error}") from error
 
 
 def _file(source: str | Path | bytes, name: str) -> io.BufferedIOBase:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    path = Path(source)
-    if not path.exists():
-        raise BadImage(name, "does not exist")
-    if not path.is_file():  # a pipe would be waited for
+    opened = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
         raise BadImage(name, "is a folder or a device, not a file")
-    return path.open("rb")
+    return os.fdopen(opened, "rb")
 
 
 def _decode(file: io.BufferedIOBase, name: str, max_px: int) -> Image.Image:
@@ -283,27 +313,27 @@ def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0) -> FolderD
     if not any(train.values()):
         raise BadData(f"no images in the class folders of {here}: {_LAYOUTS}{_passed_over(ignored)}")
     if empty := [name for name, files in train.items() if not files]:
-        raise BadData(f"no images in these classes of {here}: {_some(empty)}; add or remove{_passed_over(ignored)}")
+        raise BadData(f"no images in these classes of {here}: {some(empty)}; add or remove{_passed_over(ignored)}")
     if len(train) < 2:
-        raise BadData(f"only one class in {here}: {_some(train)}; a classifier needs two: {_LAYOUTS}")
+        raise BadData(f"only one class in {here}: {some(train)}; a classifier needs two: {_LAYOUTS}")
     if train_place and val_place:
         val, there = _classes(root, val_place, ignored), root / val_place
         if unknown := [name for name in val if name not in train]:
-            known = f"the {len(train):,} classes of {here} are {_some(train)}"
-            raise BadData(f"classes in {there} that training lacks: {_some(unknown)}; {known}; rename or remove them")
+            known = f"the {len(train):,} classes of {here} are {some(train)}"
+            raise BadData(f"classes in {there} that training lacks: {some(unknown)}; {known}; rename or remove them")
         if not any(val.values()):
             raise BadData(f"no images in {there}: fill it, or remove it to split {here}{_passed_over(ignored)}")
         how = f"{train_place}/ and {val_place}/ as given"
     else:
         if single := [name for name, files in train.items() if len(files) == 1]:
-            raise BadData(f"classes of {here} with one image, too few to hold one out: {_some(single)}; add images")
+            raise BadData(f"classes of {here} with one image, too few to hold one out: {some(single)}; add images")
         train, val = _split(train, val_frac, seed)
         how = f"no val folder, so {val_frac:.1%} of each class of {here} held out by a hash of (seed {seed}, name)"
     classes = tuple(train)
     train_images, val_images = _files(root, classes, train), _files(root, classes, val)
     how += f": {len(train_images):,} training and {len(val_images):,} validation images of {len(classes):,} classes"
     if without := [name for name in classes if not val.get(name)]:
-        how += f"; no validation images of {_some(without)}"
+        how += f"; no validation images of {some(without)}"
     shown = {why: Ignored(len(names), sorted(names)[:SHOWN]) for why, names in ignored.items()}
     return FolderData(train_images, val_images, how, shown)
 
@@ -392,13 +422,8 @@ def natural(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
-
-
 def _passed_over(ignored: dict[str, list[str]]) -> str:
-    return "".join(f"; {len(names):,} ignored ({why}): {_some(names)}" for why, names in ignored.items())
+    return "".join(f"; {len(names):,} ignored ({why}): {some(names)}" for why, names in ignored.items())
 
 
 def hash_of(*parts: str | int) -> int:

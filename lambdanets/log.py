@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lambdanets.checkpoint import need, write_atomically
-from lambdanets.steps import to_stderr
+from lambdanets.checkpoint import need
+from lambdanets.files import to_stderr, write_atomically
 
 LOG = "log.jsonl"
 

@@ -26,8 +26,9 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from .archive import MAX_MEMBER_BYTES, filesystem, join, placed, samples, whole
+from .archive import MAX_MEMBER_BYTES, filesystem, join, samples, whole
 from .data import SHOWN, BadData, BadImage, Images, Order, folder, natural, open_image
+from .files import placed
 from .shards import COLUMNS, MANIFEST, SPLITS, Manifest, Shard, is_shards, manifest
 
 SHARD_BYTES = 1 << 30

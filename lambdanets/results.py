@@ -24,12 +24,11 @@ from lambdanets.checkpoint import (
     need,
     next_numbered,
     open_run,
-    write_atomically,
-    write_json,
 )
 from lambdanets.data import BadData, BadImage, Images
 from lambdanets.distributed import Ranks
 from lambdanets.evaluate import Scores, evaluate
+from lambdanets.files import write_atomically, write_json
 from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
 from lambdanets.report import confusion_png

@@ -38,13 +38,13 @@ from .archive import (
     header,
     join,
     key_and_suffix,
-    placed,
     read,
     retried,
     samples,
     whole,
 )
 from .data import CHUNK_IMAGES, SHOWN, BadData, FolderData, Images, hash_of, open_image
+from .files import placed
 
 MANIFEST = "manifest.json"
 FORMAT = "lambdanets shards 1"

@@ -14,9 +14,10 @@ import torch
 
 from lambdanets import data as images_on_disk
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, need, versions, write_json
+from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, need, versions
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
+from lambdanets.files import write_json
 from lambdanets.learner import create, train_mode
 from lambdanets.recipes import BadRecipe, Options, Recipe
 

@@ -19,7 +19,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lambdanets.archive import sync_folder
+from lambdanets.files import sync_folder, to_stderr
 from lambdanets.state import DTYPES, flatten, unflatten
 
 TENSORS = "tensors.safetensors"
@@ -482,8 +481,3 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def to_stderr(line: str) -> None:
-    """A line that a person must see."""
-    print(f"lambdanets: {line}", file=sys.stderr, flush=True)

@@ -27,16 +27,17 @@ import torch
 
 from lambdanets import optim
 from lambdanets.batches import Batch
-from lambdanets.checkpoint import CURVES, RUN_JSON, WEIGHTS, save_weights, versions, write_atomically, write_json
+from lambdanets.checkpoint import CURVES, RUN_JSON, WEIGHTS, save_weights, versions
 from lambdanets.distributed import LostProcess, Ranks
 from lambdanets.evaluate import EvaluationStopped, Scores, evaluate
+from lambdanets.files import to_stderr, write_atomically, write_json
 from lambdanets.learner import Gradients, Learner, train_mode
 from lambdanets.log import Log
 from lambdanets.recipes import Options, Recipe
 from lambdanets.report import Progress, curves_png
 from lambdanets.results import REPORT, write_report
 from lambdanets.start import Start, look
-from lambdanets.steps import BadRun, Checkpoints, to_stderr
+from lambdanets.steps import BadRun, Checkpoints
 from lambdanets.watchdog import Interrupted, Terminated, Watchdog
 
 

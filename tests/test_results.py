@@ -20,10 +20,11 @@ from torch.nn import functional as F
 import lambdanets
 import lambdanets.data
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BadRun, open_run, save_weights, write_json
+from lambdanets.checkpoint import BadRun, open_run, save_weights
 from lambdanets.cli import main
 from lambdanets.data import BadData, BadImage
 from lambdanets.evaluate import evaluate
+from lambdanets.files import write_json
 from lambdanets.pack import pack
 from lambdanets.recipes import choose
 from lambdanets.report import curves_svg

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import signal
@@ -197,13 +198,13 @@ import os, sys, time
 from lambdanets import archive, pack
 left = [int(sys.argv[3])]  # dies at the n-th file that is put in place or line that is written; of 0, as on a slow disk
 def step(real):
-    def call(*args):
+    def call(*args, **named):
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), 9)
         if left[0] < 0:
             time.sleep(0.01)
-        return real(*args)
+        return real(*args, **named)
     return call
 os.replace, os.fsync = step(os.replace), step(os.fsync)
 print(pack.pack(sys.argv[1], sys.argv[2], shard_bytes=25_000))
@@ -283,7 +284,7 @@ def test_two_jobs_in_one_folder_and_another_jobs_journal_are_refused(photos, tmp
 
 
 def test_r7_a_full_disk_leaves_no_debris_and_the_finished_shards(photos, packed, tmp_path, monkeypatch):
-    real, placed = archive.placed, []
+    real, placed = packing.placed, []
 
     class Full(io.FileIO):
         def write(self, content):
@@ -292,7 +293,7 @@ def test_r7_a_full_disk_leaves_no_debris_and_the_finished_shards(photos, packed,
     def placing(path):
         placed.append(path)
         if len(placed) == 4:
-            monkeypatch.setattr(archive, "open", lambda path, mode: Full(path, mode), raising=False)
+            monkeypatch.setattr(os, "fdopen", Full)
         return real(path)
 
     monkeypatch.setattr(packing, "placed", placing)

@@ -24,10 +24,11 @@ import lambdanets.start
 import lambdanets.train
 from lambdanets import optim
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BadRun, choose_folder, open_run, save_weights, write_atomically
+from lambdanets.checkpoint import BadRun, choose_folder, open_run, save_weights
 from lambdanets.data import BadData, BadImage, Images
 from lambdanets.demo import demo
 from lambdanets.evaluate import evaluate, predict
+from lambdanets.files import write_atomically
 from lambdanets.recipes import BadRecipe, choose
 from lambdanets.recipes.digits import digits
 from lambdanets.recipes.imagenet import layer_comparison, pareto
@@ -616,7 +617,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     path = tmp_path / "weights.safetensors"
     write_atomically(path, b"old")
 
-    def fail(*args):
+    def fail(*args, **named):
         raise OSError("no space left")
 
     for call in ("fsync", "replace"):
