@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .ops import STRATEGIES, Problem, lambda_op
 from .ops.lambda_op import KEY_NORMS
-from .projections import BATCH_NORM, CONV, like, normed, plain, project
+from .projections import like, normed, project
+from .untouched import BATCH_NORM, CONV, why_called
 
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _RESIZE = ("linear", "bicubic", "trilinear")
@@ -29,7 +30,8 @@ def resize_table(table: Tensor, size: Sequence[int]) -> Tensor:
     d = len(size)
     if table.dim() != d + 2 or min(size) < 1:
         raise ValueError(f"a table of shape {tuple(table.shape)} is for maps of {table.dim() - 2} axes, size is {size}")
-    channels = table.flatten(d).movedim(-1, 0)[None].float()  # (1, k·u, r...)
+    wide = torch.promote_types(table.dtype, torch.float32)  # 16 bits are rounded once, 64 keep theirs
+    channels = table.flatten(d).movedim(-1, 0)[None].to(wide)  # (1, k·u, r...)
     sides = [2 * s - 1 for s in size]
     out = F.interpolate(channels, size=sides, mode=_RESIZE[d - 1], align_corners=True)
     return out[0].movedim(0, -1).reshape(*sides, *table.shape[d:]).to(table.dtype)
@@ -279,7 +281,7 @@ class LambdaLayer(StrictLoading):
         One product instead of three where nobody has replaced or hooked a part.
         """
         convs, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, None, self.norm_v)
-        if context is not x or not all(plain(part) for part in (*convs, *norms)):
+        if context is not x or any(why_called(part) for part in (*convs, *norms)):
             keys = None if self.to_k is None else self.to_k(context).flatten(2).mT
             values = normed(self.norm_v, self.to_v(context)).flatten(2).mT
             return normed(self.norm_q, self.to_q(x)).flatten(2).mT, keys, values

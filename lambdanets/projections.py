@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from .ops.eager import autocast_dtype
 
-CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SMALL_MAP = 20 * 20  # positions up to which a matrix product is faster than a convolution of a channels_last map
 
 
@@ -129,24 +127,6 @@ def _format(x: Tensor) -> torch.memory_format | None:
     return last if last is not None and x.is_contiguous(memory_format=last) else None
 
 
-def heard(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def plain(module: nn.Module | None) -> bool:
-    """Whether a part of a layer is what we put there, so that its weights may be read instead of its being called."""
-    if module is None or type(module) is nn.Identity:
-        return True
-    if heard(module):
-        return False
-    if isinstance(module, CONV):
-        return type(module) in CONV and module.weight[0, 0].numel() == module.groups == max(module.stride) == 1
-    return type(module) in BATCH_NORM and module.running_var is not None and module.weight is not None
-
-
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), whose gradient is handed to it in the memory format of x.
 
@@ -158,5 +138,6 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     if y.requires_grad and not torch.compiler.is_compiling():  # compiled code has its own
         given = torch.contiguous_format if x.shape[0] == 1 else _format(x)
         if given is not None:
-            y.register_hook(lambda grad: grad.contiguous(memory_format=given))
+            # Where a second derivative needs no gradient here, it hands over None.
+            y.register_hook(lambda grad: None if grad is None else grad.contiguous(memory_format=given))
     return y

@@ -1,9 +1,10 @@
 """Public models and checkpoints: timm's lambda layers evaluated in our order, d-li14's weights in our model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import timm
+import torch
 from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from . import resnet
 from .layer import mismatch
 from .ops import lambda_op
-from .projections import like, normed, plain, project
+from .projections import like, normed, project
+from .untouched import Changes, touched, why_called
 
 PUBLIC = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts", "lamhalobotnet50ts_256")
 
@@ -29,10 +31,12 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if why_not_read(self) is not None:  # touched since: timm's forward calls what is there now
+            return super().forward(x)
         b, _, height, width = x.shape
         h, k, v, n = self.num_heads, self.dim_qk, self.dim_v, height * width
         norms = (self.norm_q, None, self.norm_v)
-        if all(plain(part) for part in (self.qkv, *norms)):
+        if not any(why_called(part) for part in (self.qkv, *norms)):
             counts = [h * k, k, v]
             biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.split(counts)
             q, keys, values = project(x, self.qkv.weight.flatten(1).split(counts), biases, norms)
@@ -67,6 +71,22 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
         return super()._apply(on_four_axes, recurse)
 
 
+def why_not_read(layer: TimmLambdaLayer) -> str | None:
+    """Why the positions of timm's layer are more than its weights: `conv_lambda` is not as timm built it; None: they
+    are not."""
+    conv = layer.conv_lambda
+    if conv is None:
+        return None
+    if (why := touched(conv, (nn.Conv3d,))) is not None:
+        return f"its conv_lambda {why}"
+    r_y, r_x = conv.kernel_size[:2]
+    if conv.padding != (r_y // 2, r_x // 2, 0) or conv.kernel_size[2] != 1 or not r_y % 2 == r_x % 2 == 1:
+        return f"its conv_lambda has the kernel {conv.kernel_size} and the padding {conv.padding}"
+    if conv.in_channels != 1 or conv.stride != (1, 1, 1) or conv.dilation != (1, 1, 1) or conv.padding_mode != "zeros":
+        return "its conv_lambda is no plain window: it strides, dilates, or pads with something"
+    return None
+
+
 def relative_table(layer: TimmLambdaLayer) -> Tensor:
     """timm's positions as a relative table (r_y, r_x, k, 1), a view: both are indexed by context - query."""
     if layer.conv_lambda is not None:
@@ -75,17 +95,24 @@ def relative_table(layer: TimmLambdaLayer) -> Tensor:
     return layer.pos_emb[..., None]  # (2H-1, 2W-1, k)
 
 
-def accelerate(model: nn.Module, *, undo: bool = False) -> int:
+@overload
+def accelerate(model: nn.Module, *, undo: bool = False, explain: Literal[False] = False) -> int: ...
+@overload
+def accelerate(model: nn.Module, *, undo: bool = False, explain: Literal[True]) -> tuple[int, Changes]: ...
+def accelerate(model: nn.Module, *, undo: bool = False, explain: bool = False) -> int | tuple[int, Changes]:
     """Evaluate every timm `LambdaLayer` of a model in the order that `lambda_op` plans, in place: the same function.
 
     model    any module, or a `LambdaLayer` itself. Its modules, parameters, hooks and state dict stay the objects
              and names they are: optimisers go on, checkpoints of either form load into the other
     undo     True gives every layer timm's own forward back
+    explain  return a table as well: each of timm's lambda layers, whether it was changed or left, and why
     returns  layers changed: 0 for a model without any, or on a second call
 
     Outputs and gradients equal timm's: to 1e-10 in float64, within rounding below. timm's published weights have such
     layers in lambda_resnet26t, lambda_resnet26rpt_256, lambda_resnet50ts and lamhalobotnet50ts_256. Call it before
-    tracing a graph (`torch.fx`, `torch.export`); subclasses with a forward of their own are left alone.
+    tracing a graph (`torch.fx`, `torch.export`). A layer is left alone if it has a forward of its own (a subclass, one
+    put on the object) or positions that are more than a weight (a hook, an adapter or pruning at `conv_lambda`); where
+    that comes later, timm's forward runs from then on. Hooks on the layer and whatever is at `qkv` and the norms work.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), TimmLambdaLayer(32, r=9), nn.ReLU()).double().eval()
@@ -98,11 +125,24 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> int:
     >>> accelerate(model), accelerate(model, undo=True)
     (0, 1)
     """
+    changed, changes = 0, Changes()
     old, new = (AcceleratedLambdaLayer, TimmLambdaLayer) if undo else (TimmLambdaLayer, AcceleratedLambdaLayer)
-    layers = [module for module in model.modules() if type(module) is old]
-    for layer in layers:
-        layer.__class__ = new
-    return len(layers)
+    for path, layer in model.named_modules():
+        if not isinstance(layer, TimmLambdaLayer):
+            continue
+        why = None
+        if type(layer) is new:
+            why = "is so already"
+        elif type(layer) is not old:
+            why = "is a subclass, which may compute something else"
+        elif not undo:
+            why = "has a forward of its own" if "forward" in vars(layer) else why_not_read(layer)
+        if why is None:
+            layer.__class__ = new
+            changed += 1
+        how = "by timm's own forward" if undo else "by the order that lambda_op plans"
+        changes.add(path, layer, "left" if why else "replaced", why or how)
+    return (changed, changes) if explain else changed
 
 
 def create_model(
@@ -159,7 +199,7 @@ def from_d_li14(state_dict: Mapping[str, Any]) -> resnet.LambdaResNet:
                  q head-major), norm_q, norm_v, lambda_conv.weight (16, 1, 1, 23, 23) indexed by context - query,
                  lambda_conv.bias (16,)
     returns      a model in training mode whose outputs are theirs: with the constant on the position lambda, and
-                 3x3 pooling that counts the padding. As many classes as `fc` has
+                 3x3 pooling that counts the padding. As many classes as `fc` has; dtype and device of the weights
 
     Raises RuntimeError, naming at most ten keys a kind, where a key is missing, unknown, or of another shape. The
     layout is that of lambda_layer.py and lambda_resnet.py at commit 7a10beb; published top-1 78.208 (its README).
@@ -196,7 +236,9 @@ def from_d_li14(state_dict: Mapping[str, Any]) -> resnet.LambdaResNet:
             state[f"{at}to_{part}.weight"] = weight
         state[f"{at}table"] = state.pop(f"{at}lambda_conv.weight")[:, :, 0].permute(2, 3, 0, 1)
         state[f"{at}position_bias"] = state.pop(f"{at}lambda_conv.bias")
-    model.load_state_dict({_shortcut(key, 1): value for key, value in state.items()})
+    # Copies: the rows of conv_qkv share one memory, and the caller goes on with its state dict.
+    own = {_shortcut(key, 1): v.detach().clone(memory_format=torch.contiguous_format) for key, v in state.items()}
+    model.load_state_dict(own, assign=True)  # in their own dtype: copied into ours they would be rounded
     return model
 
 

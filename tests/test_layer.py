@@ -558,3 +558,14 @@ def test_a_projections_gradients_are_as_exact_as_a_convolutions(dtype: torch.dty
     for a, b, right in zip(ours, theirs, exact, strict=True):
         assert a.dtype == dtype
         assert (a - right).norm() <= 1.5 * (b - right).norm()
+
+
+def test_resizing_a_table_keeps_the_precision_that_it_has() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(7, 9, 3, 2, dtype=torch.float64)
+    by_axis = torch.nn.functional.interpolate(
+        exact.flatten(2).movedim(-1, 0)[None], size=(11, 5), mode="bicubic", align_corners=True
+    )[0].movedim(0, -1)
+    assert torch.equal(resize_table(exact, (6, 3)), by_axis.reshape(11, 5, 3, 2))
+    rounded = resize_table(exact.bfloat16(), (6, 3))
+    assert torch.equal(rounded, resize_table(exact.bfloat16().double(), (6, 3)).bfloat16())

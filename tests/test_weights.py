@@ -461,6 +461,21 @@ def test_a_whole_d_li14_checkpoint_gives_d_li14s_logits(prefix: str) -> None:
         torch.testing.assert_close(ours.double().eval()(x), theirs.double()(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_d_li14s_weights_are_taken_as_they_are_given_and_stay_the_callers(dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in d_li14(num_classes=3).state_dict().items()}
+    before = {key: value.clone() for key, value in state.items()}
+    ours = from_d_li14(state)
+    assert {p.dtype for p in ours.parameters()} == {dtype}
+    assert torch.equal(ours.layer2[0].conv2.to_v.weight, before["layer2.0.conv2.conv_qkv.weight"][80:])
+    kernel = ours.layer4[2].conv2.table.permute(2, 3, 0, 1)[:, :, None]
+    assert torch.equal(kernel, before["layer4.2.conv2.lambda_conv.weight"])
+    with torch.no_grad():
+        for value in ours.state_dict().values():
+            value.zero_()
+    assert all(torch.equal(state[key], before[key]) for key in state)
+
+
 def test_d_li14s_model_has_14995848_parameters() -> None:
     with torch.device("meta"):
         model = d_li14()
