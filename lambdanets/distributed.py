@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lambdanets.state import flatten, unflatten
+from lambdanets.untouched import BATCH_NORM
 
 _WORDS = "why a rank left"
 
@@ -279,16 +281,33 @@ class _SyncBatchNorm(_BatchNorm):
         return y.to(input.dtype)
 
 
+class _SyncBatchNormAct(_SyncBatchNorm):
+    """The same in the place of timm's `BatchNormAct2d`, which drops and activates after it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(input)))
+        return y
+
+
 def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """The model whose batch norms use the statistics of all ranks' batches: torch's on GPUs, ours on the CPU.
 
     The state dict keeps its names and shapes. Local statistics are another training run: on two ranks the loss of a
-    step differs by percents.
+    step differs by percents. Raises ValueError for a batch norm of another class than torch's and timm's: what else it
+    computes would be lost.
     """
+    known = (*BATCH_NORM, BatchNormAct2d, nn.SyncBatchNorm)
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module) not in known:
+            what = f"{path} is a {type(module).__name__}, which may compute more than a batch norm"
+            raise ValueError(f"statistics of all processes: {what}: keep local ones, or freeze them")
     if device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted: nn.Module = convert_sync_batchnorm(model)  # timm's: torch's would drop timm's activations
         return converted
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.__class__ = _SyncBatchNorm
+            module.__class__ = _SyncBatchNormAct if isinstance(module, BatchNormAct2d) else _SyncBatchNorm
     return model

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import until
 from test_resume import at_step, main_like
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -195,10 +197,15 @@ def sync_and_torchs():
     x, dy = torch.randn(7, 3, 4, 5).double() * 3 + 2, torch.randn(7, 3, 4, 5).double()
     with Ranks() as ranks:
         part = slice(0, 5) if ranks.first else slice(5, 7)
-        for momentum in (0.1, None):
-            want = nn.BatchNorm2d(3, momentum=momentum).double()
+        kinds = [
+            nn.BatchNorm2d,
+            functools.partial(nn.BatchNorm2d, momentum=None),
+            functools.partial(BatchNormAct2d, act_layer=nn.SiLU),  # timm's, with what comes after the norm
+        ]
+        for kind in kinds:
+            want = kind(3).double()
             nn.init.normal_(want.weight)
-            ours = sync_batch_norm(nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double(), torch.device("cpu"))
+            ours = sync_batch_norm(nn.Sequential(kind(3)).double(), torch.device("cpu"))
             ours[0].load_state_dict(want.state_dict())
             for _ in range(2):
                 whole, mine = x.clone().requires_grad_(), x[part].clone().requires_grad_()
@@ -222,6 +229,15 @@ def sync_and_torchs():
 
 def test_R41_batch_norm_over_ranks_is_batch_norm(children):
     assert [child.gave() for child in children.ranks(2, sync_and_torchs)] == ["equal"] * 2
+
+
+def test_a_batch_norm_that_computes_something_else_is_not_taken_for_one() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match=r"1 is a Doubled, which may compute more than a batch norm"):
+        sync_batch_norm(nn.Sequential(nn.Identity(), Doubled(3)), torch.device("cpu"))
 
 
 class Level(nn.Module):
