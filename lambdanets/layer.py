@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import STRATEGIES, Problem, lambda_op
+from .ops.eager import sizes
 from .ops.lambda_op import KEY_NORMS
 from .projections import like, normed, project
 from .untouched import BATCH_NORM, CONV, why_called
@@ -250,8 +251,8 @@ class LambdaLayer(StrictLoading):
         """
         self._check(x, context, padding)
         context = x if context is None else context
-        b, grid = x.shape[0], tuple(x.shape[2:])
-        context_grid = tuple(context.shape[2:])
+        b, grid = x.shape[0], sizes(x)[2:]
+        context_grid = sizes(context)[2:]
         n, m = math.prod(grid), math.prod(context_grid)
         h, k, u, v = self.heads, self.key_depth, self.intra_depth, self.value_depth
         q, keys, values = self._project(x, context)

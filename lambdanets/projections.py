@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.eager import autocast_dtype
+from .ops.eager import applied, autocast_dtype, sizes
 
 _SMALL_MAP = 20 * 20  # positions up to which a matrix product is faster than a convolution of a channels_last map
 
@@ -54,7 +54,7 @@ def project(
     """
     training = any(norm is not None and norm.training for norm in norms)
     weight, bias = stack(weights, biases, [None] * len(weights) if training else norms)
-    parts: Sequence[Tensor] = product(x, weight, bias).split([len(w) for w in weights], 1)
+    parts: Sequence[Tensor] = product(x, weight, bias).split([sizes(w)[0] for w in weights], 1)
     if training:  # contiguous: batch norm takes up to three times as long on a slice
         maps = [y.unflatten(2, x.shape[2:]).contiguous() for y in parts]
         parts = [(y if norm is None else normed(norm, y)).flatten(2) for y, norm in zip(maps, norms, strict=True)]
@@ -64,7 +64,7 @@ def project(
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 projection of a map (b, dim, *map) by weights (channels out, dim): (b, channels out, positions)."""
     training, cpu = torch.is_grad_enabled(), x.device.type == "cpu"
-    if cpu and not training and (x.is_contiguous() or math.prod(x.shape[2:]) <= _SMALL_MAP):
+    if cpu and not training and (x.is_contiguous() or math.prod(sizes(x)[2:]) <= _SMALL_MAP):
         # Position by position, as it is read next. In 16 bits the library would copy the weights for each example.
         rows = x.flatten(2).mT
         if rows.is_contiguous() or (autocast_dtype(x) or x.dtype).itemsize < 4:
@@ -82,7 +82,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = autocast_dtype(x)
     if dtype is not None:  # autocast does not reach the gradients
         x, weight = x.to(dtype), weight.to(dtype)
-    y: Tensor = _Product.apply(x, weight)
+    y = applied(_Product, x, weight)
     return y if bias is None else y + bias[:, None].to(y.dtype)
 
 

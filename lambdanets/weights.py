@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import resnet
 from .layer import mismatch
 from .ops import lambda_op
+from .ops.eager import sizes
 from .projections import like, normed, project
 from .untouched import Changes, touched, why_called
 
@@ -33,7 +34,7 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
     def forward(self, x: Tensor) -> Tensor:
         if why_not_read(self) is not None:  # touched since: timm's forward calls what is there now
             return super().forward(x)
-        b, _, height, width = x.shape
+        b, (height, width) = x.shape[0], sizes(x)[2:]
         h, k, v, n = self.num_heads, self.dim_qk, self.dim_v, height * width
         norms = (self.norm_q, None, self.norm_v)
         if not any(why_called(part) for part in (self.qkv, *norms)):

@@ -206,7 +206,7 @@ def block_mask(
     if mask is None or spec.source == "keys":  # there the normalisation has applied it already
         return None
     part = cut(mask[:, lo:hi, None], spec, seen, 3)
-    u = M // part.shape[3]
+    u = M // max(1, part.shape[3])  # a block may reach no context
     part = part.repeat(1, 1, 1, u) if spec.source == "table" else part.repeat_interleave(u, 3)
     return part.to(dtype)
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import Position
+from .eager import Position, applied, sizes
 
 BLOCK_BYTES = 8 << 20  # of λ at a time, one example at least: more leaves the cache, and malloc gives it back each time
 _TILE = 4  # pixels a side: 16 channels, a vector of float32
@@ -37,12 +37,12 @@ SMALL_MAP = 60 * 60  # positions up to which dλ is the better kernel (64²: 4 t
 
 def conv(p: Position, block: int) -> Tensor:
     """λ as a convolution of V with the table as kernel, v folded into the batch, then y = q·λ."""
-    b, m, v, u = p.values.shape
+    b, m, v, u = sizes(p.values)
     d, k, kernel = len(p.grid), p.q.shape[3], kernel_of(p).contiguous()
     # One channel: a convolution takes the format of its output from strides that `contiguous` leaves as they are.
     kernel = kernel.flatten(1).view(kernel.shape)
     if d == 2 and p.q.device.type == "cpu" and b > 0:
-        return _Convolution.apply(p.q, p.values, kernel, p.lam_c, p.grid)
+        return applied(_Convolution, p.q, p.values, kernel, p.lam_c, p.grid)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     image = p.values.permute(0, 2, 3, 1).reshape(b * v, u, *p.grid)
     image, padding = _within(image, kernel)
@@ -56,8 +56,8 @@ def kernel_of(p: Position) -> Tensor:
     assert p.table is not None
     d = len(p.grid)
     kernel = p.table.permute(d, d + 1, *range(d))
-    for axis, side in enumerate(cut(tuple(kernel.shape[2:]), p.grid), start=2):
-        kernel = kernel.narrow(axis, (kernel.shape[axis] - side) // 2, side)
+    for axis, side in enumerate(cut(sizes(kernel)[2:], p.grid), start=2):
+        kernel = kernel.narrow(axis, (sizes(kernel)[axis] - side) // 2, side)
     return kernel
 
 
@@ -85,9 +85,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, values: Tensor, kernel: Tensor, lam_c: Tensor | None, grid: tuple[int, ...]) -> Tensor:
-        b, n, h, k = q.shape
+        b, n, h, k = sizes(q)
         apply = _by_key if q.dtype.itemsize >= 4 else _by_position
-        v = values.shape[2]
+        v = sizes(values)[2]
         y = q.new_empty(b, h, v, n)
         for block in parts(b, n * k * v * q.itemsize):
             apply(q[block], _lambdas(values[block], kernel, grid), None if lam_c is None else lam_c[block], y[block])
@@ -166,7 +166,7 @@ def folded(apply: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, .
 
 def _image(values: Tensor, grid: tuple[int, ...], channels_last: bool) -> Tensor:
     """(b, m, v, u) -> (b·v, u, H, W), in the memory format that the convolution shall have."""
-    b, _, v, u = values.shape
+    b, _, v, u = sizes(values)
     # Of one example a reshape is a strided view: the library would convert it, and choose the format of λ by it.
     if u == 1:  # only the stride of the one channel tells the formats apart
         planes = values[..., 0].mT.reshape(b * v, *grid).contiguous()
@@ -185,7 +185,7 @@ def _by_key(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
     """y (b, h, v, n) = q·(λc + λ) one key at a time, λ (b·v, k, H, W) contiguous."""
     queries = q.permute(0, 2, 3, 1)  # (b, h, k, n)
     queries = queries if queries.stride(3) == 1 else queries.contiguous()
-    b, _, k, n = queries.shape
+    b, _, k, n = sizes(queries)
     lam = lam.reshape(b, -1, k, n)
     if lam_c is None:
         y.zero_()
@@ -197,8 +197,8 @@ def _by_key(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
 
 def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> None:
     """y (b, h, v, n) = q·(λc + λ) a position at a time, λ (b·v, k, H, W) in channels_last. Sums are in float32."""
-    b, n, h, k = q.shape
-    v = y.shape[2]
+    b, n, h, k = sizes(q)
+    v = sizes(y)[2]
     q = q.contiguous()
     part = q.new_zeros(b, n * h, v) if lam_c is None else torch.bmm(q.flatten(1, 2), lam_c)
     # The library would copy strided matrices itself, one product at a time and twice as slowly.
@@ -208,11 +208,11 @@ def _by_position(q: Tensor, lam: Tensor, lam_c: Tensor | None, y: Tensor) -> Non
 
 
 def _half(kernel: Tensor) -> list[int]:
-    return [(r - 1) // 2 for r in kernel.shape[2:]]
+    return [(r - 1) // 2 for r in sizes(kernel)[2:]]
 
 
 def _beyond(image: Tensor, kernel: Tensor) -> bool:
-    return any([r > side for r, side in zip(kernel.shape[2:], image.shape[2:], strict=True)])  # noqa: C419
+    return any([r > side for r, side in zip(sizes(kernel)[2:], sizes(image)[2:], strict=True)])  # noqa: C419
 
 
 def _within(image: Tensor, kernel: Tensor) -> tuple[Tensor, list[int]]:

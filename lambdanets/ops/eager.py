@@ -7,12 +7,14 @@ again.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .blocks import Blocks, Spec, block_mask, cut, gather, place, weights_grad
 
@@ -51,32 +53,32 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
     """
     b, m, _, u = keys.shape
     folded = values.permute(0, 1, 3, 2).reshape(b, m * u, values.shape[2])
-    spec = Spec("keys", "scores", block, (q.shape[1],), (), (), key_norm)
+    spec = Spec("keys", "scores", block, (sizes(q)[1],), (), (), key_norm)
     return _contract(q, folded, keys, mask.expand(b, -1, -1), None, spec)
 
 
 def _position(p: Position, order: str, block: int) -> Tensor:
-    b, m, v, u = p.values.shape
+    b, m, v, u = sizes(p.values)
     mask = p.mask
     if p.table is None:
         assert p.embeddings is not None
         weights = p.embeddings
         values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
-        spec = Spec("embeddings", order, block, (p.q.shape[1],), (), (), "")
+        spec = Spec("embeddings", order, block, (sizes(p.q)[1],), (), (), "")
     else:
         d = len(p.grid)
         weights = p.table.permute(d, d + 1, *range(d))  # (k, u, r...)
         pads = [
             side - 1 - (r - 1) // 2
-            for r, s, c in zip(p.table.shape[:d], p.grid, p.context_grid, strict=True)
+            for r, s, c in zip(sizes(p.table)[:d], p.grid, p.context_grid, strict=True)
             for side in (c, s)
         ]  # F.pad counts from the last axis, and flipping exchanges the two ends
         weights = F.pad(weights.flip(tuple(range(2, d + 2))), _last_axis_first(pads))
         values = p.values.flip(1).permute(0, 3, 1, 2).reshape(b, u * m, v)  # M = (u, reversed m)
         mask = None if mask is None else mask.flip(2)
-        reach = tuple((r - 1) // 2 for r in p.table.shape[:d])
+        reach = tuple((r - 1) // 2 for r in sizes(p.table)[:d])
         spec = Spec("table", order, block, p.grid, p.context_grid, reach, "")
-    h = p.q.shape[2]
+    h = sizes(p.q)[2]
     if not _heads_apart(p, order, values, spec):
         return _contract(p.q, values, weights, mask, p.lam_c, spec)
     q = p.q.transpose(1, 2).flatten(0, 1)[:, :, None]
@@ -92,7 +94,7 @@ def _heads_apart(p: Position, order: str, values: Tensor, spec: Spec) -> bool:
     """
     if order != "scores" or p.mask is not None or p.q.dtype.itemsize < 4 or p.q.device.type != "cpu":
         return False
-    M, v = values.shape[1:]
+    M, v = sizes(values)[1:]
     if p.q.shape[2] == 1 or p.values.shape[1] < _APART:
         return False
     seen = spec.blocks()[0][1]
@@ -111,13 +113,32 @@ def _contract(
     if torch.compiler.is_compiling() and not exporting() and len(spec.blocks()) > _UNROLLED:
         return _contract_op(*inputs, *spec)
     # Without gradients the function alone: binding its arguments takes as long as a small map's products.
-    return _Contract.apply(*inputs, spec) if torch.is_grad_enabled() else _Contract.forward(*inputs, spec)
+    return applied(_Contract, *inputs, spec) if torch.is_grad_enabled() else _Contract.forward(*inputs, spec)
+
+
+def applied(function: Any, *inputs: Any) -> Tensor:
+    """`function.apply`, or its forward alone where its operations are to be seen one by one: by torch.jit.trace, whose
+    graph cannot hold a Python function, and by forward-mode derivatives (torch.func.jvp, jacfwd, hessian), for which a
+    function of ours has no rule and each operation has one."""
+    if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or forward_ad._current_level >= 0):
+        return function.forward(*inputs)  # type: ignore[no-any-return]
+    return function.apply(*inputs)  # type: ignore[no-any-return]
+
+
+def sizes(x: Tensor) -> tuple[int, ...]:
+    """The sizes of a tensor as numbers: in torch.jit.trace they are tensors, and a plan needs to know them."""
+    if not torch.jit.is_tracing():
+        return tuple(x.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # what is traced is for maps of this size
+        return tuple(int(size) for size in x.shape)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes in on the device of x, or None where it is off."""
+    """What autocast computes in on the device of x, or None where it is off: for float64 always, as in torch's own
+    layers."""
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # there is no autocast on meta
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
         return None
     return torch.get_autocast_dtype(device)
 
@@ -139,13 +160,13 @@ class _Contract(torch.autograd.Function):
     def forward(
         q: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None, lam_c: Tensor | None, spec: Spec
     ) -> Tensor:
-        b, _, h, _ = q.shape
-        v = values.shape[2]
+        b, _, h, _ = sizes(q)
+        v = sizes(values)[2]
         rows, outputs = Blocks(spec, weights, mask), []
         for box, seen in rows.boxes:
             lo, hi = place(box, spec.grid)
             part, V = q[:, lo:hi], cut(values, spec, seen, 1)
-            M = V.shape[1]
+            M = sizes(V)[1]
             W = rows.block(box, seen)
             shown = block_mask(spec, mask, lo, hi, seen, M, q.dtype)
             if spec.order == "scores" and h == 1:
@@ -274,7 +295,7 @@ def _with_content(s: Tensor, V: Tensor, q: Tensor, lam_c: Tensor | None) -> tupl
     """
     if lam_c is None:
         return s.flatten(1, 2), V
-    b, block, h, M = s.shape
+    b, block, h, M = sizes(s)
     joined = s.new_empty(b, block, h, M + q.shape[3])  # twice as fast as cat, which copies strided parts one by one
     joined[..., :M] = s
     joined[..., M:] = q

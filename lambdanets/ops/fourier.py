@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import convolution
-from .eager import Position, exporting
+from .eager import Position, applied, exporting, sizes
 
 ROWS = 4  # of the map at a time: T has rows + r - 1 columns for r that are used, and each block is a call
 
@@ -80,10 +80,10 @@ def fourier(p: Position, block: int) -> Tensor:
     """λ by frequencies, some rows at a time, then y = q·λ."""
     if p.q.shape[0] == 0:
         return convolution.conv(p, block)
-    (H, W), (b, n, h, k), (v, u) = p.grid, p.q.shape, p.values.shape[2:]
+    (H, W), (b, n, h, k), (v, u) = p.grid, sizes(p.q), sizes(p.values)[2:]
     kernel = convolution.kernel_of(p)
     q, values, lam_c = p.q, p.values, p.lam_c
-    f = frame(k, u, p.grid, tuple(kernel.shape[2:]), _wide(kernel).itemsize)
+    f = frame(k, u, p.grid, sizes(kernel)[2:], _wide(kernel).itemsize)
     after = f.tiles * f.width - W
     if f.tiles > 1:  # each tile is an example
         q = F.pad(q.unflatten(1, (H, W)), (0, 0, 0, 0, 0, after)).unflatten(2, (f.tiles, f.width))
@@ -95,7 +95,7 @@ def fourier(p: Position, block: int) -> Tensor:
     if torch.compiler.is_compiling() and not exporting():
         y = _fourier_op(*inputs, H, f)
     elif p.kept is None or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        y = _Fourier.apply(*inputs, H, f)
+        y = applied(_Fourier, *inputs, H, f)
     else:
         y = _evaluated(q, values, lam_c, _matrices(kernel, H, f, p.kept))
     if f.tiles > 1:
@@ -131,11 +131,11 @@ class _Fourier(torch.autograd.Function):
 
 
 def _evaluated(q: Tensor, values: Tensor, lam_c: Tensor | None, by: "_Matrices") -> Tensor:
-    y = q.new_empty(*q.shape[:3], values.shape[2])
+    y, v = q.new_empty(*q.shape[:3], values.shape[2]), sizes(values)[2]
     for ex in by.examples(values):
         X, constant = by.analysed(values[ex]), None if lam_c is None else by.constant(lam_c[ex])
         for block in by.blocks:
-            lam = by.lambdas(block, X, constant, values.shape[2])
+            lam = by.lambdas(block, X, constant, v)
             y[ex, block.queries] = torch.matmul(by.widened(q[ex, block.queries]), lam)
     return y
 
@@ -200,7 +200,7 @@ class _Matrices:
 
     def __init__(self, kernel: Tensor, H: int, f: Frame) -> None:
         self.H, self.f = H, f
-        self.k, self.u, self.r_y, r_x = kernel.shape
+        self.k, self.u, self.r_y, r_x = sizes(kernel)
         kernel = kernel.to(_wide(kernel))
         self.into, self.back, self.of_table = _waves(f, r_x, kernel)
         re, im = (kernel @ self.of_table).unflatten(3, (-1, 2)).permute(4, 3, 0, 2, 1)  # (w, k, r_y, u) each
@@ -219,7 +219,7 @@ class _Matrices:
         return _Block(slice(first * self.f.width, last * self.f.width), read, toeplitz, rows, columns)
 
     def examples(self, values: Tensor) -> list[slice]:
-        b, _, v, _ = values.shape
+        b, _, v, _ = sizes(values)
         return convolution.parts(b, self.f.rows * self.f.width * self.k * v * self.T.itemsize)
 
     def widened(self, x: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class _Matrices:
 
     def analysed(self, values: Tensor) -> Tensor:
         """V (s, H·read, v, u) -> X (w, y·u·2, s·v)."""
-        v, u = values.shape[2:]
+        v, u = sizes(values)[2:]
         lines = values.to(self.T.dtype).reshape(-1, self.f.read, v * u)
         X = torch.bmm(self.into.expand(lines.shape[0], -1, -1), lines)
         X = X.view(-1, self.H, self.f.numbers // 2, 2, v, u).permute(2, 1, 5, 3, 0, 4)
@@ -254,7 +254,7 @@ class _Matrices:
         """λ + λc of some rows, (s, y·x, k, v)."""
         Z = torch.bmm(block.toeplitz, X[:, block.read])  # (w, 2·y·k, s·v)
         if constant is not None:
-            Z[0, : Z.shape[1] // 2].view(-1, *constant.shape).add_(constant)
+            Z[0, : sizes(Z)[1] // 2].view(-1, *constant.shape).add_(constant)
         of_row = Z.view(self.f.numbers, block.rows, -1).transpose(0, 1)
         lam = torch.bmm(self.back.expand(block.rows, -1, -1), of_row)  # row by row: a third less time than at once
         return lam.view(block.rows, self.f.width, self.k, -1, v).permute(3, 0, 1, 2, 4).flatten(1, 2)

@@ -159,8 +159,8 @@ def _problem(
     for name, x, axes in (("q", q, "bnhk"), ("keys", keys, "bmku"), ("values", values, "bmvu")):
         if x is not None and x.dim() != 4:
             raise ValueError(f"{name} must be ({', '.join(axes)}), 4 axes, and has shape {tuple(x.shape)}")
-    b, n, h, k = q.shape
-    m, v, u = values.shape[1:]
+    b, n, h, k = eager.sizes(q)
+    m, v, u = eager.sizes(values)[1:]
     if values.shape[0] != b:
         raise ValueError(f"q has batch {b} and values batch {values.shape[0]}")
     if keys is not None and keys.shape != (b, m, k, u):
@@ -193,7 +193,7 @@ def _problem(
     if table is not None:
         if grid is None:
             raise ValueError("a relative table needs grid=(H, W), the sizes that n runs over")
-        sides = tuple(table.shape[: len(grid)])
+        sides = eager.sizes(table)[: len(grid)]
         if table.dim() != len(grid) + 2 or table.shape[-2:] != (k, u) or any(r % 2 == 0 for r in sides):
             raise ValueError(
                 f"table must be ({', '.join('r' for _ in grid)}, k, u) with every r odd and (k, u) = {(k, u)} for grid "
