@@ -12,7 +12,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from timm.layers.lambda_layer import rel_pos_indices
-from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models import get_notrace_functions, get_notrace_modules, register_notrace_module
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -110,6 +110,7 @@ def _why_left(layer: LambdaLayer | TimmLambdaLayer) -> str | None:
     return None
 
 
+@register_notrace_module
 class FusedLambdaLayer(LambdaLayer):
     """A `LambdaLayer` whose weights never change: made by `fuse`.
 

@@ -6,13 +6,16 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from timm.models import register_notrace_module
+from torch import Tensor, fx, nn
 
 from .ops import STRATEGIES, Problem, lambda_op
 from .ops.eager import sizes
 from .ops.lambda_op import KEY_NORMS
-from .projections import like, normed, project
+from .projections import as_one_call, like, normed, project
 from .untouched import BATCH_NORM, CONV, why_called
+
+fx.wrap("as_one_call")
 
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _RESIZE = ("linear", "bicubic", "trilinear")
@@ -42,15 +45,19 @@ class StrictLoading(nn.Module):
     """A module whose `load_state_dict` says in a few lines what does not fit, and what to do."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but an error names at most ten keys a kind, with shapes, and the remedy."""
-        if strict:
-            own = self.state_dict()
-            wrong = {k: (tuple(own[k].shape), tuple(v.shape)) for k, v in state_dict.items() if k in own}
-            wrong = {k: s for k, s in wrong.items() if s[0] != s[1]}
-            missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-            if wrong or missing or extra:
-                raise RuntimeError(mismatch(type(self).__name__, wrong, missing, extra))
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        """As torch's, hooks and versions of modules included, but an error of keys and shapes names at most ten a
+        kind, with shapes, and the remedy."""
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            own = {k: tuple(v.shape) for k, v in self.state_dict().items() if isinstance(v, Tensor)}
+            theirs = {k: tuple(v.shape) for k, v in state_dict.items() if isinstance(v, Tensor)}
+            wrong = {k: (own[k], theirs[k]) for k in own.keys() & theirs.keys() if own[k] != theirs[k]}
+            missing = [k for k in sorted(own.keys() - theirs.keys()) if k in str(error)] if strict else []
+            extra = [k for k in sorted(theirs.keys() - own.keys()) if k in str(error)] if strict else []
+            if not (wrong or missing or extra):  # somebody's hook or extra state
+                raise
+            raise RuntimeError(mismatch(type(self).__name__, dict(sorted(wrong.items())), missing, extra)) from error
 
 
 def mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str], extra: list[str]) -> str:
@@ -78,6 +85,7 @@ def mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str], 
     return "\n".join(lines)
 
 
+@register_notrace_module
 class LambdaLayer(StrictLoading):
     """Replaces a convolution or an attention: each pixel's context becomes a linear function, applied to its query.
 
@@ -249,6 +257,10 @@ class LambdaLayer(StrictLoading):
                  image what it gives alone (in training the batch norms still see the padding)
         returns  (b, dim_out, *map), or the map divided by stride, rounded up for the paper's 3x3 pooling
         """
+        return as_one_call(self, x, context, mask, padding)
+
+    def evaluate(self, x: Tensor, context: Tensor | None, mask: Tensor | None, padding: Tensor | None) -> Tensor:
+        """`forward` itself."""
         self._check(x, context, padding)
         context = x if context is None else context
         b, grid = x.shape[0], sizes(x)[2:]
@@ -302,9 +314,17 @@ class LambdaLayer(StrictLoading):
     def _pool(self, y: Tensor, padding: Tensor | None) -> Tensor:
         pool = _AVG_POOL[self.ndim - 1]
         half = self.pool_size // 2 if self.pool_size % 2 else 0
-        if padding is None:
+        real = None if padding is None else padding[:, None].to(y.dtype)
+        if (side := min(y.shape[2:])) < self.pool_size:
+            if not half:
+                raise ValueError(f"the map {tuple(y.shape[2:])} is smaller than the pooling: {side} < {self.pool_size}")
+            if self.ndim == 3:  # the library refuses these, of three axes alone: what it would add is added here
+                if real is None and not self.pool_count_padding:
+                    real = y.new_ones(1, 1, *y.shape[2:])
+                y, real = F.pad(y, [half] * 6), None if real is None else F.pad(real, [half] * 6)
+                half = 0
+        if real is None:
             return pool(y, self.pool_size, self.stride, half, count_include_pad=self.pool_count_padding)
-        real = padding[:, None].to(y.dtype)
         total = pool(y * real, self.pool_size, self.stride, half, count_include_pad=False)
         share = pool(real, self.pool_size, self.stride, half, count_include_pad=False)
         return torch.where(share > 0, total / share.clamp_min(torch.finfo(y.dtype).tiny), 0)
@@ -348,6 +368,7 @@ class LambdaLayer(StrictLoading):
         return ", ".join(parts)
 
 
+@register_notrace_module
 class LambdaLayer1d(LambdaLayer):
     """`LambdaLayer` on sequences (b, dim, length), with `causal=True` for autoregressive order; scope and size are 1-D.
 
@@ -362,6 +383,7 @@ class LambdaLayer1d(LambdaLayer):
     ndim: ClassVar[int] = 1
 
 
+@register_notrace_module
 class LambdaLayer3d(LambdaLayer):
     """`LambdaLayer` on volumes or video (b, dim, T, H, W); scope and size have three sides.
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from timm.layers import DropPath, SEModule, create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,7 +122,8 @@ class Bottleneck(nn.Module):
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.act2(self.bn2(self.conv2(y)))
         y = self.drop_path(self.se(self.bn3(self.conv3(y))))
-        return self.act3(y + (x if self.downsample is None else self.downsample(x)))
+        y += x if self.downsample is None else self.downsample(x)  # in its place: a new map takes three times as long
+        return self.act3(y)
 
 
 def _conv(dim: int, dim_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -219,6 +226,49 @@ class LambdaResNet(StrictLoading):
 
     # What timm asks of a model.
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stem's map and those of c2..c5 on the way, as timm's ResNets give them.
+
+        indices             of the five: the last so many, or a list; None: all
+        norm                there is no norm to apply at the end
+        stop_early          compute no stage after the last that is asked for
+        output_fmt          NCHW only
+        intermediates_only  leave out what `forward_features` returns
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}: this model's maps are NCHW")
+        wanted, last = feature_take_indices(5, indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        found = [x] if 0 in wanted else []
+        x = self.maxpool(x)
+        for i, stage in enumerate(self.stages()[: last if stop_early else 4], start=1):
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            found += [x] if i in wanted else []
+        return found if intermediates_only else (x, found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove, in place, the stages after the last of these intermediates; gives their indices."""
+        wanted, last = feature_take_indices(5, indices)
+        for i in range(last + 1, 5):
+            setattr(self, f"layer{i}", nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        if last < 4:  # the head was for features that are gone
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        return list(wanted)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations block by block in the backward pass."""
         self.grad_checkpointing = enable
@@ -236,7 +286,7 @@ class LambdaResNet(StrictLoading):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter groups for layer-wise learning rates."""
-        return {"stem": r"^(conv1|bn1|maxpool)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^(?:conv1|bn1|maxpool)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
         """The relative tables: they are positions, not weights of a projection."""

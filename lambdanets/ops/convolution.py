@@ -63,7 +63,8 @@ def kernel_of(p: Position) -> Tensor:
 
 def cut(table: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
     """Sides of a table without the offsets that no pair of positions has."""
-    return tuple(min(r, 2 * s - 1) for r, s in zip(table, grid, strict=True))
+    # No min: to a compiler the sides of the kernel would depend on those of the map.
+    return tuple(r if r < 2 * s else 2 * s - 1 for r, s in zip(table, grid, strict=True))
 
 
 def examples(b: int, bytes_each: int) -> int:

@@ -121,8 +121,8 @@ def applied(function: Any, *inputs: Any) -> Tensor:
     graph cannot hold a Python function, and by forward-mode derivatives (torch.func.jvp, jacfwd, hessian), for which a
     function of ours has no rule and each operation has one."""
     if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or forward_ad._current_level >= 0):
-        return function.forward(*inputs)  # type: ignore[no-any-return]
-    return function.apply(*inputs)  # type: ignore[no-any-return]
+        return function.forward(*inputs)
+    return function.apply(*inputs)
 
 
 def sizes(x: Tensor) -> tuple[int, ...]:

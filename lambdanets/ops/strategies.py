@@ -12,6 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+try:
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+except ImportError:  # an older torch: its compiler then follows the prices
+    optimization_hint = None  # type: ignore[assignment]
+
 from . import convolution, eager, fourier, fused
 
 
@@ -370,6 +375,37 @@ def _plan(p: Problem, limit: int | None) -> Plan:
     )
 
 
+def _choose_once(p: Problem, limit: int | None) -> Cost:
+    """The choice for a graph that is being compiled or exported, and may serve other sizes: of these sizes, without
+    making the prices part of what the compiler proves of them, which took it half a minute. Every order is exact at
+    any size; whether one can run is asked of the sizes themselves."""
+    here, hinted = where(p), _hinted(p)
+    if eager.exporting():
+        here, hinted = "export", replace(hinted, b=8)  # the graph serves any batch
+    best: Cost | None = None
+    refused: Cost | None = None
+    for name, row in STRATEGIES.items():
+        if here not in row.automatic:
+            continue
+        cost = _price(hinted, name, limit)
+        if cost.why_not is not None or row.why_not(p) is not None:
+            refused = refused or replace(cost, why_not=cost.why_not or row.why_not(p))
+        elif best is None or cost.seconds < best.seconds:
+            best = cost if row.chunked else replace(cost, block=p.n)
+    best = best or refused
+    assert best is not None
+    return best
+
+
+def _hinted(p: Problem) -> Problem:
+    """A problem of symbolic sizes with the sizes of the example that is compiled."""
+    if optimization_hint is None:
+        return p
+    b, n, m = (optimization_hint(size) for size in (p.b, p.n, p.m))
+    grids = [None if g is None else tuple([optimization_hint(size) for size in g]) for g in (p.grid, p.context_grid)]
+    return replace(p, b=b, n=n, m=m, grid=grids[0], context_grid=grids[1])
+
+
 def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     if strategy != "auto":
         if strategy not in STRATEGIES:
@@ -378,15 +414,7 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
     elif not torch.compiler.is_compiling():
         best = _plan(p, limit)[0]
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
-        here = where(p)
-        if eager.exporting():
-            here, p = "export", replace(p, b=8)  # the graph serves any batch: its choice may not depend on this one
-        best = _price(p, "lambdas", limit)
-        for name, row in STRATEGIES.items():
-            cost = _price(p, name, limit)
-            better = best.why_not is not None or cost.seconds < best.seconds
-            if cost.why_not is None and better and here in row.automatic:
-                best = cost
+        best = _choose_once(p, limit)
     if best.why_not is not None:
         what = "no strategy can" if strategy == "auto" else f"strategy {strategy!r} cannot"
         raise ValueError(f"{what} run this problem: {best.why_not}\n{_plan(p, limit)}")
