@@ -156,11 +156,11 @@ class FusedLambdaLayer(LambdaLayer):
             of_q = self.counts[0]
             q = product(x, self.weight[:of_q], self.bias[:of_q])
             *keys, values = product(context, self.weight[of_q:], self.bias[of_q:]).split(self.counts[1:], 1)
-        return q.mT, keys[0].mT if keys else None, values.mT
+        return q.transpose(-2, -1), keys[0].transpose(-2, -1) if keys else None, values.transpose(-2, -1)
 
     def _positions(self, x: Tensor, context: Tensor) -> dict[str, Any]:
         dtype = autocast_dtype(x) or x.dtype
-        if self.table is None or dtype == torch.float16 or torch.compiler.is_compiling():
+        if self.table is None or dtype == torch.float16 or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return {"table": self.table}
         key = (tuple(x.shape), tuple(context.shape[2:]), dtype, self.strategy)
         E = self.expanded.get(key, self)

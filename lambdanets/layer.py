@@ -295,9 +295,9 @@ class LambdaLayer(StrictLoading):
         """
         convs, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, None, self.norm_v)
         if context is not x or any(why_called(part) for part in (*convs, *norms)):
-            keys = None if self.to_k is None else self.to_k(context).flatten(2).mT
-            values = normed(self.norm_v, self.to_v(context)).flatten(2).mT
-            return normed(self.norm_q, self.to_q(x)).flatten(2).mT, keys, values
+            keys = None if self.to_k is None else self.to_k(context).flatten(2).transpose(-2, -1)
+            values = normed(self.norm_v, self.to_v(context)).flatten(2).transpose(-2, -1)
+            return normed(self.norm_q, self.to_q(x)).flatten(2).transpose(-2, -1), keys, values
         q, *keys, values = project(x, *self.projections())
         return q, keys[0] if keys else None, values
 

@@ -58,7 +58,7 @@ def project(
     if training:  # contiguous: batch norm takes up to three times as long on a slice
         maps = [y.unflatten(2, x.shape[2:]).contiguous() for y in parts]
         parts = [(y if norm is None else normed(norm, y)).flatten(2) for y, norm in zip(maps, norms, strict=True)]
-    return [y.mT for y in parts]
+    return [y.transpose(-2, -1) for y in parts]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,11 +66,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     training, cpu = torch.is_grad_enabled(), x.device.type == "cpu"
     if cpu and not training and (x.is_contiguous() or math.prod(sizes(x)[2:]) <= _SMALL_MAP):
         # Position by position, as it is read next. In 16 bits the library would copy the weights for each example.
-        rows = x.flatten(2).mT
+        rows = x.flatten(2).transpose(-2, -1)
         if rows.is_contiguous() or (autocast_dtype(x) or x.dtype).itemsize < 4:
-            return F.linear(rows.contiguous(), weight, bias).mT
+            return F.linear(rows.contiguous(), weight, bias).transpose(-2, -1)
         every = weight.t().expand(x.shape[0], -1, -1)
-        return (torch.bmm(rows, every) if bias is None else torch.baddbmm(bias, rows, every)).mT
+        return (torch.bmm(rows, every) if bias is None else torch.baddbmm(bias, rows, every)).transpose(-2, -1)
     if not x.is_contiguous() or (training and (not cpu or torch.compiler.is_compiling())):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
         return convolve(x, weight[(...,) + (None,) * (x.dim() - 2)], bias).flatten(2)

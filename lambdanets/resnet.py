@@ -259,12 +259,12 @@ class LambdaResNet(StrictLoading):
     ) -> list[int]:
         """Remove, in place, the stages after the last of these intermediates; gives their indices."""
         wanted, last = feature_take_indices(5, indices)
-        for i in range(last + 1, 5):
-            setattr(self, f"layer{i}", nn.Sequential())
+        for at in range(last + 1, 5):
+            setattr(self, f"layer{at}", nn.Sequential())
         if last == 0:
             self.maxpool = nn.Identity()
         if last < 4:  # the head was for features that are gone
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.head_hidden_size = int(str(self.feature_info[last]["num_chs"]))
         if prune_head or last < 4:
             self.reset_classifier(0, "")
         return list(wanted)

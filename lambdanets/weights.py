@@ -49,7 +49,9 @@ class AcceleratedLambdaLayer(TimmLambdaLayer):
             q, keys, values = project(x, self.qkv.weight.flatten(1).split(counts), biases, norms)
         else:
             q, keys, values = self.qkv(x).split([h * k, k, v], dim=1)
-            q, keys, values = (y.flatten(2).mT for y in (normed(self.norm_q, q), keys, normed(self.norm_v, values)))
+            q, keys, values = (
+                y.flatten(2).transpose(-2, -1) for y in (normed(self.norm_q, q), keys, normed(self.norm_v, values))
+            )
         q = q.reshape(b, n, h, k)
         y = lambda_op(
             q, keys.reshape(b, n, k, 1), values.reshape(b, n, v, 1), table=self._table(height, width),

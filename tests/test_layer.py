@@ -1,15 +1,18 @@
 """The layer: equal to timm's with mapped weights, to itself in other guises; every argument does something."""
 
 import copy
+import io
+import itertools
 import math
 
+import onnxruntime
 import pytest
 import torch
 from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lambdanets import LambdaLayer, LambdaLayer1d, LambdaLayer3d, resize_table
+from lambdanets import LambdaLayer, LambdaLayer1d, LambdaLayer3d, accelerate, fuse, resize_table
 from lambdanets.layer import StrictLoading
 from lambdanets.ops import STRATEGIES, lambda_reference, relative_embeddings
 from lambdanets.projections import product
@@ -569,3 +572,145 @@ def test_resizing_a_table_keeps_the_precision_that_it_has() -> None:
     assert torch.equal(resize_table(exact, (6, 3)), by_axis.reshape(11, 5, 3, 2))
     rounded = resize_table(exact.bfloat16(), (6, 3))
     assert torch.equal(rounded, resize_table(exact.bfloat16().double(), (6, 3)).bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("strategy", ["auto", *[s for s in STRATEGIES if s != "fused"]])
+@pytest.mark.parametrize(
+    ("kind", "shape", "arguments"),
+    [
+        (LambdaLayer, (2, 8, 7, 6), {"scope": 5, "stride": 2, "position_bias": True}),
+        (LambdaLayer, (1, 8, 40, 36), {"scope": 23}),
+        (LambdaLayer1d, (2, 8, 20), {"scope": 5, "causal": True}),
+        (LambdaLayer3d, (2, 8, 3, 4, 5), {"scope": 3}),
+    ],
+    ids=["stride", "large", "causal", "volume"],
+)
+def test_a_trace_of_a_layer_gives_the_layers_numbers(kind, shape, arguments, strategy, training, grad) -> None:
+    torch.manual_seed(0)
+    layer = kind(8, heads=2, key_depth=4, strategy=strategy, **arguments).train(training)
+    x = torch.randn(shape)
+    with torch.set_grad_enabled(grad):
+        try:
+            want = layer(x)
+        except ValueError:  # an order that this problem does not have
+            return
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(x), want, rtol=1e-4, atol=1e-5)
+        other = torch.randn(shape)
+        torch.testing.assert_close(traced(other), layer(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", ["ours", "timm's window", "timm's table", "timm's fused", "ours fused"])
+def test_traces_can_be_saved_and_hold_no_python(what: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    r = None if what == "timm's table" else 5
+    layer = TimmLambdaLayer(8, r=r, feat_size=(7, 6)) if "timm" in what else LambdaLayer(8, scope=5)
+    layer.eval()
+    x = torch.randn(2, 8, 7, 6)
+    want = layer(x)
+    if "timm" in what:
+        accelerate(layer)
+    layer = fuse(layer) if "fused" in what else layer
+    traced = torch.jit.trace(layer, x)
+    traced.save(tmp_path / "trace.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "trace.pt")(x), want, rtol=1e-4, atol=1e-5)
+    assert "PythonOp" not in str(traced.graph)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its older exporter
+@pytest.mark.parametrize("strategy", ["auto", "lambdas", "scores", "conv", "fourier"])
+def test_the_older_onnx_exporter_gives_the_layers_numbers(strategy: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(LambdaLayer(8, scope=5, strategy=strategy)).eval()
+    x, file = torch.randn(2, 8, 9, 7), io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "fused" and not s.endswith("_chunked")])
+def test_forward_mode_derivatives_and_hessians_are_those_of_reverse_mode(strategy: str) -> None:
+    torch.manual_seed(0)
+    layer = LambdaLayer(4, scope=3, heads=2, key_depth=2, strategy=strategy).double().eval()
+    x, v = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    jacobian = torch.func.jacrev(layer)(x)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (v,))[1], (jacobian * v).sum((-1, -2, -3, -4)))
+    by_forward, by_reverse = torch.func.hessian(loss)(x), torch.func.jacrev(torch.func.jacrev(loss))(x)
+    torch.testing.assert_close(by_forward, by_reverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_autocast_leaves_float64_as_torchs_own_layers_do(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, conv = LambdaLayer(8, scope=3).to(dtype), nn.Conv2d(8, 8, 1).to(dtype)
+    x = torch.randn(2, 8, 5, 4, dtype=dtype)
+    for training in (False, True):
+        layer.train(training)
+        want = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            assert y.dtype == conv(x).dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+        if dtype == torch.float64:
+            torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("count_padding", [False, True])
+@pytest.mark.parametrize("sides", [(1, 5, 4), (2, 8, 8), (2, 2, 2), (4, 1, 5), (1, 1, 1)])
+def test_a_volume_of_few_frames_is_pooled_as_the_frames_that_are_there(sides: tuple, count_padding: bool) -> None:
+    torch.manual_seed(0)
+    layer = LambdaLayer3d(8, scope=3, stride=2, pool_count_padding=count_padding).double().eval()
+    x = torch.randn(1, 8, *sides, dtype=torch.float64)
+    layer.stride = 1
+    whole = layer(x)
+    layer.stride = 2
+    y = layer(x)
+    assert y.shape == (1, 8, *(-(-s // 2) for s in sides))
+    for at in itertools.product(*(range(-(-s // 2)) for s in sides)):
+        window = whole[(..., *(slice(max(0, 2 * i - 1), 2 * i + 2) for i in at))]
+        mean = window.sum((2, 3, 4)) / (27 if count_padding else window[0, 0].numel())
+        torch.testing.assert_close(y[(..., *at)], mean)
+    with pytest.raises(ValueError, match="smaller than the pooling: 1 < 2"):
+        LambdaLayer3d(8, scope=3, stride=2, pool_size=2)(torch.randn(1, 8, 1, 4, 4))
+
+
+class WithExtraState(LambdaLayer):
+    told = None
+
+    def get_extra_state(self) -> str:
+        return "kept"
+
+    def set_extra_state(self, state: str) -> None:
+        self.told = state
+
+
+def test_loading_is_torchs_own_but_for_the_words_of_an_error() -> None:
+    torch.manual_seed(0)
+    layer, other = LambdaLayer(8, scope=3), LambdaLayer(8, scope=3)
+    old = {k: v for k, v in other.state_dict().items() if not k.endswith("num_batches_tracked")}  # as torch 0.4 saved
+    assert str(layer.load_state_dict(old)) == "<All keys matched successfully>"
+    assert torch.equal(layer.table, other.table)
+
+    def renamed(module, state, *_) -> None:
+        state["table"] = state.pop("rel")
+
+    layer.register_load_state_dict_pre_hook(renamed)
+    layer.load_state_dict({("rel" if k == "table" else k): 2 * v for k, v in other.state_dict().items()})
+    assert torch.equal(layer.table, 2 * other.table)
+
+    extra = WithExtraState(8, scope=3)
+    extra.load_state_dict(WithExtraState(8, scope=3).state_dict())
+    assert extra.told == "kept"
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        extra.load_state_dict(other.state_dict())
+    found = other.load_state_dict({"table": other.table, "more": other.table}, strict=False)
+    assert "to_q.weight" in found.missing_keys
+    assert found.unexpected_keys == ["more"]

@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lambdanets import LambdaLayer
 from lambdanets.ops import (
     STRATEGIES,
     Problem,
@@ -841,3 +842,40 @@ def test_non_contiguous_inputs_give_the_same_numbers(strategy: str) -> None:
     strided = {n: None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for n, x in t.items()}
     assert not strided["q"].is_contiguous()
     torch.testing.assert_close(case.run(strided, None, strategy), case.run(t, None, strategy))
+
+
+@pytest.mark.parametrize("mask", ["queries", "examples", None])
+@pytest.mark.parametrize("strategy", ["auto", *HERE])
+@pytest.mark.parametrize(
+    ("grid", "context", "table"), [((40, 40), (6, 6), (3, 3)), ((9, 20), (9, 2), (3, 3)), ((50,), (5,), (5,))]
+)
+def test_queries_whose_window_reaches_no_context_get_the_content_alone(grid, context, table, strategy, mask) -> None:
+    torch.manual_seed(0)
+    case = Case(grid, table, context, b=2, h=2, k=3, v=2, mask=mask)
+    given = {name: x if x is None else x.requires_grad_() for name, x in case.tensors().items()}
+    arguments = {"grid": grid, "context_grid": context, "mask": case.mask_tensor()}
+    limit = 20_000 if "chunk" in strategy else None
+    try:
+        y = lambda_op(**given, **arguments, strategy=strategy, memory_limit_bytes=limit)
+    except ValueError:
+        assert strategy != "auto"
+        return
+    want = lambda_reference(**given, **arguments)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    inputs = [x for x in given.values() if x is not None]
+    found = torch.autograd.grad(y.square().sum(), inputs)
+    torch.testing.assert_close(found, torch.autograd.grad(want.square().sum(), inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_one_compiled_layer_serves_maps_of_many_sizes_and_its_plan_is_no_part_of_the_graph() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = LambdaLayer(8, scope=3).eval()
+    compiled = torch.compile(layer, dynamic=True, backend="eager", fullgraph=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    with torch.no_grad():
+        for b, height, width in ((2, 9, 8), (3, 12, 11), (4, 10, 15), (5, 14, 16)):
+            x = torch.randn(b, 8, height, width)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert graphs["unique_graphs"] == 1

@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import lambdanets
 from lambdanets import LambdaLayer, create_model, list_models, model_cost
@@ -307,3 +309,99 @@ def test_another_class_count_is_refused_with_the_remedy() -> None:
     with pytest.raises(RuntimeError, match=r"fc.weight is \(10, 512\), the model's \(7, 512\)") as caught:
         other.load_state_dict(model.state_dict())
     assert "reset_classifier" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lambda_resnet50", "lambda_resnet_tiny", "resnet50_llll", "resnet50_cccc"])
+def test_layer_decay_gives_each_stage_its_rate(name: str) -> None:
+    model = on_meta(name)
+    groups = timm.optim.create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.5).param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    parts = ("conv1", "layer1.0", "layer2.0", "layer3.0", "layer4.0", "fc")
+    of_part = [{scale[id(p)] for n, p in model.named_parameters() if n.startswith(part)} for part in parts]
+    assert all(len(scales) == 1 for scales in of_part)
+    ordered = [scales.pop() for scales in of_part]
+    assert ordered == sorted(set(ordered))
+    assert ordered[1] / ordered[0] == 2
+    assert ordered[0] == pytest.approx(ordered[-1] * 0.5 ** (1 + sum(len(stage) for stage in model.stages())))
+    for coarse in (False, True):
+        found = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
+        assert sorted(n for names in found.values() for n in names) == sorted(n for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["lambda_resnet50", "lambda_resnet_tiny"])
+@pytest.mark.parametrize("kind", ["list", "dict", "hook", "fx", "getter"])
+def test_every_way_to_features_in_timm_gives_the_maps_of_the_stages(name: str, kind: str) -> None:
+    whole = create_model(name, num_classes=0).eval()
+    torch.manual_seed(0)
+    model = timm.create_model(name, features_only=True, feature_cls=kind).eval()
+    torch.manual_seed(0)
+    whole = create_model(name).eval()
+    x = torch.randn(1, 3, 64, 48)
+    found = model(x)
+    found = list(found.values()) if isinstance(found, dict) else found
+    want = whole.forward_intermediates(x, intermediates_only=True)
+    assert [t.shape[1] for t in found] == [info["num_chs"] for info in whole.feature_info]
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_intermediates_and_what_is_pruned_for_them() -> None:
+    torch.manual_seed(0)
+    model = create_model("lambda_resnet_tiny", num_classes=4).eval()
+    x = torch.randn(2, 3, 32, 24)
+    last, every = model.forward_intermediates(x)
+    assert torch.equal(last, model.forward_features(x))
+    assert torch.equal(last, every[4])
+    for indices, kept in ((2, [3, 4]), ([1, 3], [1, 3]), ([0], [0])):
+        some = model.forward_intermediates(x, indices, stop_early=True, intermediates_only=True)
+        assert [torch.equal(a, every[i]) for a, i in zip(some, kept, strict=True)] == [True] * len(kept)
+    calls = []
+    model.layer4.register_forward_hook(lambda *_: calls.append(1))
+    model.forward_intermediates(x, [2], stop_early=True)
+    assert not calls
+    assert model.prune_intermediate_layers([2]) == [2]
+    assert torch.equal(model.forward_intermediates(x, [2], intermediates_only=True)[0], every[2])
+    assert model(x).shape[1] == model.num_features == every[2].shape[1]
+    assert not any(name.startswith(("layer3", "layer4", "fc")) for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="NCHW"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("fast", ["plain", "accelerated", "fused"])
+def test_torchvisions_feature_extractor_sees_a_lambda_layer_as_one_call(fast: str) -> None:
+    torch.manual_seed(0)
+    ours = fast == "plain"
+    model = create_model("lambda_resnet_tiny") if ours else timm.create_model("lambda_resnet26t", num_classes=3)
+    model.eval()
+    at = "layer2" if ours else "stages.2"
+    x = torch.randn(1, 3, 64, 64)
+    want = create_feature_extractor(model, [at])(x)[at]
+    if fast == "accelerated":
+        assert lambdanets.accelerate(model) == 3
+    if fast == "fused":
+        model = lambdanets.fuse(model)
+    torch.testing.assert_close(create_feature_extractor(model, [at])(x)[at], want, rtol=1e-3, atol=1e-4)
+    graph = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_lambda_layers_makes_no_map_that_timms_does_not() -> None:
+    model = create_model("resnet50_cccc", num_classes=3).eval()
+    timms = timm.create_model("resnet50", num_classes=3).eval()
+    x, made = torch.randn(1, 3, 64, 64), []
+
+    class Maps(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            y = func(*args, **(kwargs or {}))
+            if isinstance(y, torch.Tensor) and y.dim() == 4 and not func.__name__.partition(".")[0].endswith("_"):
+                made.append(y.numel())
+            return y
+
+    sums = []
+    for each in (model, timms):
+        made.clear()
+        with torch.no_grad(), Maps():
+            each(x)
+        sums.append(sum(made))
+    assert sums[0] == sums[1]

@@ -41,7 +41,7 @@ def conv(p: Position, block: int) -> Tensor:
     d, k, kernel = len(p.grid), p.q.shape[3], kernel_of(p).contiguous()
     # One channel: a convolution takes the format of its output from strides that `contiguous` leaves as they are.
     kernel = kernel.flatten(1).view(kernel.shape)
-    if d == 2 and p.q.device.type == "cpu" and b > 0:
+    if d == 2 and p.q.device.type == "cpu" and b > 0 and not torch.jit.is_tracing():
         return applied(_Convolution, p.q, p.values, kernel, p.lam_c, p.grid)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
     image = p.values.permute(0, 2, 3, 1).reshape(b * v, u, *p.grid)

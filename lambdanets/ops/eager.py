@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .blocks import Blocks, Spec, block_mask, cut, gather, place, weights_grad
+from .reference import relative_embeddings
 
 _APART = 100  # contexts from which heads are taken apart
 _UNROLLED = 8  # blocks up to which a compiler sees what is in them
@@ -60,9 +61,9 @@ def content_masked(q: Tensor, keys: Tensor, values: Tensor, key_norm: str, mask:
 def _position(p: Position, order: str, block: int) -> Tensor:
     b, m, v, u = sizes(p.values)
     mask = p.mask
-    if p.table is None:
-        assert p.embeddings is not None
-        weights = p.embeddings
+    if p.table is None or torch.onnx.is_in_onnx_export():  # torch.jit's exporter has no windows: E is looked up there
+        weights = p.embeddings if p.table is None else relative_embeddings(p.table, p.grid, p.context_grid)
+        assert weights is not None
         values = p.values.permute(0, 1, 3, 2).reshape(b, m * u, v)  # M = (m, u)
         spec = Spec("embeddings", order, block, (sizes(p.q)[1],), (), (), "")
     else:
@@ -295,6 +296,8 @@ def _with_content(s: Tensor, V: Tensor, q: Tensor, lam_c: Tensor | None) -> tupl
     """
     if lam_c is None:
         return s.flatten(1, 2), V
+    if torch.jit.is_tracing():  # ONNX has no writing into a part
+        return torch.cat([s, q], 3).flatten(1, 2), torch.cat([V, lam_c], 1)
     b, block, h, M = sizes(s)
     joined = s.new_empty(b, block, h, M + q.shape[3])  # twice as fast as cat, which copies strided parts one by one
     joined[..., :M] = s

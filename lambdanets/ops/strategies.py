@@ -380,7 +380,7 @@ def _choose_once(p: Problem, limit: int | None) -> Cost:
     making the prices part of what the compiler proves of them, which took it half a minute. Every order is exact at
     any size; whether one can run is asked of the sizes themselves."""
     here, hinted = where(p), _hinted(p)
-    if eager.exporting():
+    if eager.exporting() or torch.jit.is_tracing():
         here, hinted = "export", replace(hinted, b=8)  # the graph serves any batch
     best: Cost | None = None
     refused: Cost | None = None
@@ -399,7 +399,7 @@ def _choose_once(p: Problem, limit: int | None) -> Cost:
 
 def _hinted(p: Problem) -> Problem:
     """A problem of symbolic sizes with the sizes of the example that is compiled."""
-    if optimization_hint is None:
+    if optimization_hint is None or torch.jit.is_tracing():
         return p
     b, n, m = (optimization_hint(size) for size in (p.b, p.n, p.m))
     grids = [None if g is None else tuple([optimization_hint(size) for size in g]) for g in (p.grid, p.context_grid)]
@@ -411,7 +411,7 @@ def choose(p: Problem, strategy: str, limit: int | None) -> Cost:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy {strategy!r} is not one of auto, tuned, {', '.join(STRATEGIES)}")
         best = _price(p, strategy, limit)
-    elif not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         best = _plan(p, limit)[0]
     else:  # traced once; a compiler can follow comparisons of symbolic sizes but neither the cache nor a sort
         best = _choose_once(p, limit)
