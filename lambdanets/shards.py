@@ -147,7 +147,7 @@ def _manifest(held: dict[str, Any]) -> Manifest:
     of_heads = field(held, "heads", dict) if "heads" in held else {}
     for split in SPLITS:
         listed = field(of_splits, split, list)
-        heads = field(of_heads, split, list) if of_heads else [""] * len(listed)
+        heads = field(of_heads, split, list) if "heads" in held else [""] * len(listed)
         if len(heads) != len(listed):
             raise ValueError(f"it has {len(listed):,} shards of {split} and {len(heads):,} heads")
         splits[split] = [shard_of(shard, head) for shard, head in zip(listed, heads, strict=True)]
@@ -163,6 +163,8 @@ def _manifest(held: dict[str, Any]) -> Manifest:
     if left_out < 0:
         raise ValueError(f"its 'left_out' is {left_out}")
     paths, base = field(held, "paths", bool), field(held, "base", str)
+    if b"\0" in os.fsencode(base):  # a ValueError of its own where it is no text
+        raise ValueError(f"its 'base' is {base[:60]!r}")
     return Manifest(tuple(classes), paths, left_out, base, plan, splits, columns)
 
 
@@ -170,6 +172,7 @@ def shard_of(held: Any, head: Any = "") -> Shard:
     """The shard that an object from JSON describes. Raises ValueError: of other types, a name that is a path, sizes
     that cannot be."""
     name = field(held, "name", str)
+    os.fsencode(name)  # a ValueError where no file can be called so
     if PurePosixPath(name).name != name or name in ("", "..") or any(part in name for part in ("\\", "\0", "::")):
         raise ValueError(f"the shard {name!r} is no plain file name")
     n, size = field(held, "samples", int), field(held, "bytes", int)
@@ -435,7 +438,7 @@ def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: st
         raise
     except OSError as error:
         raise DiskFault(where, f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # numpy parses Python there
+    except Exception as error:  # numpy parses Python there: SyntaxError, TokenError, RecursionError ...
         raise BadData(f"{where} is no index: {printable(error)[:200]}; {remedy}") from error
     if shape != (n,) or found != dtype:
         raise BadData(f"{where} holds {found} {str(shape)[:60]} instead of {dtype} ({n},): it belongs to other shards")

@@ -522,8 +522,8 @@ def test_names_too_long_for_the_disk_are_errors_and_the_longest_are_indexed(phot
 def large(tmp_path) -> Path:
     """Pictures that take some time each."""
     file = io.BytesIO()
-    Image.new("RGB", (3000, 3000), "teal").save(file, "PNG")
-    for split, of, i in itertools.product(("train", "val"), "ab", range(40)):
+    Image.new("RGB", (2000, 2000), "teal").save(file, "PNG")
+    for split, of, i in itertools.product(("train", "val"), "ab", range(12)):
         path = tmp_path / "in" / split / of / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.getvalue())
@@ -544,7 +544,7 @@ def family(pid: int) -> set[int]:
 def test_no_worker_outlives_a_pack_that_was_ended_and_the_same_command_goes_on(large, tmp_path, sent):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lambdanets", "pack", str(large), str(out), "--workers", "2"]
-    command += ["--shard-bytes", "20000", "--max-side-px", "64"]
+    command += ["--shard-bytes", "10000", "--max-side-px", "64"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: (out / "train-00001.tar").exists(), 60)
     workers = family(process.pid)
@@ -561,7 +561,7 @@ def test_no_worker_outlives_a_pack_that_was_ended_and_the_same_command_goes_on(l
     kept = {name: (out / name).stat().st_ino for name in finished}
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert {name: (out / name).stat().st_ino for name in kept} == kept
-    pack(large, tmp_path / "good", max_side_px=64, shard_bytes=20_000)
+    pack(large, tmp_path / "good", max_side_px=64, shard_bytes=10_000)
     assert contents(out) == contents(tmp_path / "good")
 
 
@@ -767,7 +767,7 @@ def test_an_archive_whose_labels_are_not_those_of_the_index_is_found_by_comparin
     """Manifest and index agree with each other: what the archives say is compared as well."""
     held = json.loads((alike / "manifest.json").read_text())
     labels = np.load(alike / "train.label.npy")
-    np.save(alike / "train.label.npy", labels[::-1].copy())
+    np.save(alike / "train.label.npy", 1 - labels)
     held["columns"]["train"]["label"] = hashlib.sha256((alike / "train.label.npy").read_bytes()).hexdigest()
     (alike / "manifest.json").write_text(json.dumps(held))
     data.folder(alike)
@@ -820,8 +820,9 @@ def test_a_manifest_with_any_field_of_another_type_is_refused_or_read(alike):
             data.folder(alike)
         except BadData as error:
             refused += 1
-            assert "\n" not in str(error)  # noqa: PT017
-        if path and path[0] not in ("plan", "left_out", "classes", "paths", "base"):
+            assert "\n" not in str(error)
+        unmarked = value == "" and path[:1] == ("heads",)  # a shard that an older version packed
+        if path and path[0] not in ("plan", "left_out", "classes", "paths", "base") and not unmarked:
             with pytest.raises(BadData):
                 index(alike)
     assert refused > 400
@@ -851,7 +852,8 @@ def test_a_manifest_that_is_no_json_of_ours_is_refused_in_one_line(alike, conten
         shards.manifest(str(alike))
 
 
-def test_a_pipe_or_a_file_without_end_is_not_waited_for(alike, tmp_path):
+def test_a_pipe_or_a_file_without_end_is_not_waited_for(alike, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
     (alike / "manifest.json").unlink()
     os.mkfifo(alike / "manifest.json")
     for call in (shards.open_shards, index, lambda place: data.folder(f"stream:{place}")):
@@ -937,8 +939,7 @@ def test_shards_on_this_machine_may_lie_elsewhere_but_not_by_the_word_of_a_store
     assert found.train.load(0).size == (24, 16)
 
 
-def test_the_commands_take_places_to_allow(alike, store, capsys, tmp_path):
-    assert cli.main(["index", "unreliable://bucket/set", "--out", str(tmp_path / "index")]) == 2  # indexed already
+def test_the_commands_take_places_to_allow(alike, store, capsys):
     assert cli.main(["index", str(alike)]) == 0
     held = json.loads((alike / "manifest.json").read_text())
     (alike / "manifest.json").write_text(json.dumps({**held, "base": "unreliable://bucket/alike"}))
@@ -1002,32 +1003,38 @@ def test_a_label_that_no_count_bears_out_is_refused_at_once(alike, tmp_path):
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 @pytest.mark.parametrize("size", [-512, -(1 << 62), 1 << 62])
-def test_a_header_with_a_size_that_cannot_be_reads_nothing_more(alike, tmp_path, kind, size):
+def test_a_header_with_a_size_that_cannot_be_reads_nothing_more(alike, kind, size):
     info = tarfile.TarInfo("x.jpg")
     info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
     block[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")
     block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    (alike / "manifest.json").unlink()
     with open(alike / "train-1.tar", "wb") as file:
         file.write(block)
         file.truncate(8 << 30)  # sparse
     with pytest.raises(BadData, match=r"train-1\.tar, byte 0: .*has [-\d,]+ bytes|extended header of [-\d,]+ bytes"):
-        index(alike, out=tmp_path / "index")
+        index(alike)
 
 
 def test_headers_of_any_content_are_read_or_refused(tmp_path):
     """Extended headers with bytes changed at random, and chains of them."""
     dice = random.Random(0)
-    for trial in range(3000):
+    keys = [
+        "size",
+        "mtime",
+        "path",
+        "uid",
+        *(f"GNU.sparse.{key}" for key in ("map", "major", "minor", "realsize", "name")),
+    ]
+    values = ["1", "-1", "9" * 5000, "nan", "x", "0,1,2", "1\n2"]
+    for trial in range(400):
         parts = []
-        for _ in range(dice.choice([1, 1, 1, 2, 600])):
+        for _ in range(600 if trial % 100 == 0 else dice.choice([1, 2])):
             info = tarfile.TarInfo("x" * dice.choice([5, 150]) + ".jpg")
-            info.pax_headers = {key: dice.choice(["1", "-1", "9" * 5000, "nan", "x", "0,1,2", "1\n2"]) for key in
-                                dice.sample(["size", "mtime", "path", "GNU.sparse.map", "GNU.sparse.major", "uid",
-                                             "GNU.sparse.minor", "GNU.sparse.realsize", "GNU.sparse.name"], 2)}  # fmt: skip
-            parts.append(
-                info.tobuf(dice.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))[: -512 * (trial % 2) or None]
-            )
+            info.pax_headers = {key: dice.choice(values) for key in dice.sample(keys, 2)}
+            block = info.tobuf(dice.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+            parts.append(block[: dice.choice([None, -512])] or block)
         content = bytearray(b"".join(parts))
         for _ in range(dice.choice([0, 0, 3])):
             content[dice.randrange(len(content))] = dice.randrange(256)
