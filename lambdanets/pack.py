@@ -127,7 +127,7 @@ def _pack_split(
 ) -> None:
     number = len(job.shards(split))
     known = job.bad(split)
-    _check_bad(known, split, len(images), max_bad_frac, items)
+    _check_bad(known, {}, split, len(images), max_bad_frac, items)
     item = next(items, None)
     while item is not None:
         path = job.out / f"{split}-{number:05d}.tar"
@@ -138,7 +138,7 @@ def _pack_split(
             while item is not None:
                 if isinstance(item.found, BadImage):
                     bad[item.found.name] = item.found.reason
-                    _check_bad({**known, **bad}, split, len(images), max_bad_frac, items)
+                    _check_bad(known, bad, split, len(images), max_bad_frac, items)
                 else:
                     suffix, content = item.found
                     members, picture_bytes = _archived(item.name, suffix, content, item.label)
@@ -160,11 +160,14 @@ def _pack_split(
         raise BadData(f"none of the {len(images):,} images of {split} can be read; the first: {_listed(known, 1)}")
 
 
-def _check_bad(bad: dict[str, str], split: str, n: int, max_bad_frac: float, items: Iterator[_Item]) -> None:
+def _check_bad(
+    known: dict[str, str], new: dict[str, str], split: str, n: int, max_bad_frac: float, items: Iterator[_Item]
+) -> None:
     """Raises BadData where there are too many; a thousand more pictures are looked at, to name more than the first."""
     allowed = max(1, int(max_bad_frac * n))
-    if len(bad) <= allowed:
+    if len(known) + len(new) <= allowed:
         return
+    bad = known | new
     for item in itertools.islice(items, 1000):
         if len(bad) >= SHOWN:
             break
