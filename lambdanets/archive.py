@@ -15,15 +15,18 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from .data import IMAGE_SUFFIXES, BadData
+from .data import IMAGE_SUFFIXES, BadData, DiskFault
+from .errors import SHOWN, printable
+from .files import open_file, tried_again
 
 STREAM = "stream:"
 """Before a folder or URL of shards: read them from end to end."""
@@ -62,50 +65,99 @@ def filesystem(base: str) -> tuple[Any, str, bool]:
     return found, path, isinstance(found, LocalFileSystem)
 
 
-def read(base: str, name: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes of a file, or those from `start` to `end`. Faults of a remote one are retried (`retried`).
+def on_this_machine(place: str) -> bool:
+    """Whether a place is a folder of this machine, by its text alone: to ask fsspec may be to call a server."""
+    remote = "://" in place and not place.startswith(("file://", "local://"))
+    return not remote and "::" not in place and not place.startswith("data:")
+
+
+def check_source(place: str, named: Iterable[str], by: str) -> None:
+    """Raises BadData where `by`, a file of unknown origin, sends this program to a place that the user did not name.
+
+    place  a folder or URL that the file holds, "stream:" before it or not
+    named  what the user gave: the data set, each --allow-source; a URL is followed where it is one of them or below it
+    by     the file; where it lies on this machine, it may name folders of this machine
+
+    >>> check_source("https://host/set/part", ["https://host/set"], "https://host/set/manifest.json")
+    """
+    place = place.removeprefix(STREAM)
+    if on_this_machine(place) and on_this_machine(by):
+        return
+    if not any(_below(place, top.removeprefix(STREAM)) for top in named):
+        shown = printable(place)
+        remedy = f"nothing was read from there; if you trust it, add --allow-source {shown}"
+        raise BadData(f"{by} names another place, {shown}: {remedy}")
+
+
+def _below(place: str, top: str) -> bool:
+    """Whether a URL is that one or leads to something below it, as every server understands it."""
+    top = top.rstrip("/")
+    if place.rstrip("/") == top:
+        return True
+    rest = unquote(place.removeprefix(f"{top}/"))
+    return place.startswith(f"{top}/") and "::" not in rest and ".." not in rest.replace("\\", "/").split("/")
+
+
+def read(base: str, name: str, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` to `end`. Faults are waited out: `retried`, `on_disk`.
 
     Raises BadData naming the file: missing, forbidden, shorter than asked for, no parts served.
     """
-    found, path, local = filesystem(join(base, name))
-    wanted = None if start is None or end is None else end - start
-    what = join(base, name) + ("" if wanted is None else f", bytes {start:,} to {end:,}")
+    where = join(base, name)
+    found, path, local = filesystem(where)
+    wanted, what = end - start, f"{where}, bytes {start:,} to {end:,}"
+
+    def part() -> bytes:
+        with open_file(path) as file:
+            file.seek(start)
+            return file.read(wanted)
 
     def once() -> bytes:
         try:
             content = bytes(found.cat_file(path, start=start, end=end))
         except (NotImplementedError, ValueError) as error:
             raise BadData(f"{what}: {_no_parts(base, repr(error))}") from error
-        if wanted is not None and len(content) > wanted:
+        if len(content) > wanted:
             raise BadData(f"{what}: {_no_parts(base, f'{len(content):,} bytes came')}")
-        if wanted is not None and len(content) < wanted:
+        if len(content) < wanted:
             raise OSError(f"{len(content):,} of {wanted:,} bytes came")
         return content
 
-    return retried(what, once, local=local)
+    if not local:
+        return retried(what, once)
+    content = on_disk(what, part)
+    if len(content) < wanted:
+        raise BadData(f"{what}: the file is cut off, {len(content):,} of {wanted:,} bytes are there")
+    return content
 
 
-def retried(what: str, call: Callable[[], T], *, local: bool, limited: bool = True) -> T:
-    """What `call` gives; of a remote store in at most READ_ATTEMPTS attempts with growing pauses between them.
+def on_disk(what: str, call: Callable[[], T]) -> T:
+    """What `call` gives, which reads from a disk of this machine (`tried_again`). Raises DiskFault with `what`."""
+    try:
+        return tried_again(call)
+    except OSError as error:
+        raise DiskFault(what, f"cannot be read: {error.strerror or error}") from error
 
-    An attempt that raises or takes longer than READ_TIMEOUT_S is a fault (limited=False: `call` sees to its own time);
-    a fault of a local disk is final.  Raises BadData with `what` and the last fault, at once where the file is missing
-    or forbidden.
+
+def retried(what: str, call: Callable[[], T], *, limited: bool = True) -> T:
+    """What `call` gives, which asks a remote store, in at most READ_ATTEMPTS attempts with growing pauses between them.
+
+    An attempt that raises or takes longer than READ_TIMEOUT_S is a fault (limited=False: `call` sees to its own time).
+    Raises BadData with `what` and the last fault, at once where the file is missing or forbidden.
     """
     fault = ""
-    for attempt in range(1 if local else READ_ATTEMPTS):
+    for attempt in range(READ_ATTEMPTS):
         if attempt:
             time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         try:
-            return within(READ_TIMEOUT_S, call) if limited and not local else call()
+            return within(READ_TIMEOUT_S, call) if limited else call()
         except (BadData, MemoryError):
             raise
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise BadData(f"{what}: {error!r}") from error
         except Exception as error:  # each store has its own exceptions, and few of them are an OSError
             fault = str(error) or repr(error)
-    tries = "" if local else f" in {READ_ATTEMPTS} attempts, at the last"
-    raise BadData(f"{what}: could not be read{tries}: {fault}")
+    raise BadData(f"{what}: could not be read in {READ_ATTEMPTS} attempts, at the last: {fault}")
 
 
 def _no_parts(base: str, why: str) -> str:
@@ -113,12 +165,14 @@ def _no_parts(base: str, why: str) -> str:
 
 
 @contextlib.contextmanager
-def whole(base: str, name: str, size: int | None = None) -> Iterator[IO[bytes]]:
+def whole(base: str, name: str, size: int | None = None, *, most_bytes: int | None = None) -> Iterator[IO[bytes]]:
     """A file opened to be read from end to end; a remote one is copied to a temporary file first, with retries.
 
-    size  its bytes, where they are known: a copy of another length is a fault
+    size        its bytes, where they are known: a copy of another length is a fault
+    most_bytes  a larger file is refused: BadData, a remote one after so many bytes
     """
     where = join(base, name)
+    most = most_bytes if most_bytes is not None else size
     found, path, local = filesystem(where)
     options = {"block_size": 0} if where.startswith(("http:", "https:")) else {}  # else fsspec asks for parts
 
@@ -128,18 +182,20 @@ def whole(base: str, name: str, size: int | None = None) -> Iterator[IO[bytes]]:
             with found.open(path, "rb", **options) as file:
                 while part := within(READ_TIMEOUT_S, lambda: file.read(1 << 20)):
                     copy.write(part)
+                    if most is not None and copy.tell() > most:
+                        break
+            if most_bytes is not None and copy.tell() > most_bytes:
+                raise BadData(f"{where} has more than {most_bytes:,} bytes")
             if size is not None and copy.tell() != size:
                 raise OSError(f"{copy.tell():,} of {size:,} bytes came")
             copy.seek(0)
             closing.pop_all()  # whole: it stays open
         return copy
 
-    file: IO[bytes]
-    if local:
-        file = retried(where, lambda: found.open(path, "rb"), local=True)
-    else:
-        file = retried(where, copied, local=False, limited=False)
-    with file:
+    with on_disk(where, lambda: open_file(path)) if local else retried(where, copied, limited=False) as file:
+        if most_bytes is not None and file.seek(0, io.SEEK_END) > most_bytes:
+            raise BadData(f"{where} has {file.tell():,} bytes, at most {most_bytes:,} allowed")
+        file.seek(0)
         yield file
 
 
@@ -186,7 +242,7 @@ def header(take: Callable[[int], bytes], shard: str, start: int) -> Member | Non
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         while info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            if info.size > _MAX_TEXT_BYTES or len(head) > _MAX_TEXT_BYTES:
+            if not 0 <= info.size <= _MAX_TEXT_BYTES or len(head) > _MAX_TEXT_BYTES:
                 raise BadData(f"{at}: an extended header of {info.size:,} bytes, {_MAX_TEXT_BYTES:,} allowed")
             head += take(_padded(info.size))
             block = take(_BLOCK)
@@ -195,9 +251,9 @@ def header(take: Callable[[int], bytes], shard: str, start: int) -> Member | Non
         if len(head) > _BLOCK:  # the standard library knows what they say of the name and size
             with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as archive:
                 info = archive.next() or info
-    except (tarfile.TarError, ValueError, IndexError) as error:
-        if isinstance(error, BadData):
-            raise
+    except BadData:
+        raise
+    except (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise BadData(f"{at}: no header of a file, the archive is damaged ({error})") from error
     if info.isdir():
         return Member("", start, len(head), 0)
@@ -246,8 +302,8 @@ def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object]) -> Ite
 
     def take(size: int) -> bytes:
         nonlocal position
-        content = file.read(size)
-        while len(content) < size and (more := file.read(size - len(content))):  # a socket gives what it has
+        content = some_of(size)
+        while len(content) < size and (more := some_of(size - len(content))):  # a socket gives what it has
             content += more
         if len(content) < size:
             there = position + len(content)
@@ -255,6 +311,12 @@ def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object]) -> Ite
         seen(content)
         position += size
         return content
+
+    def some_of(size: int) -> bytes:
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise DiskFault(shard, f"cannot be read after byte {position:,}: {error.strerror or error}") from error
 
     key, found, label, others = "", [], None, []  # type: ignore[var-annotated]
     while True:
@@ -280,12 +342,14 @@ def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object]) -> Ite
         suffix = key_and_suffix(name)[1]
         if suffix in IMAGE_SUFFIXES:
             found.append((member, content))
+            if len(found) > 1:  # said before a third is kept
+                _sample(shard, key, found, label, others)
         elif suffix in (".cls", ".json"):
             label = _label(shard, name, content) if label is None or suffix == ".cls" else label
-        else:
+        elif len(others) < SHOWN:
             others.append(name)
-    while rest := file.read(1 << 20):
-        if any(rest):
+    while rest := some_of(1 << 20):
+        if rest.count(0) < len(rest):
             raise BadData(f"{shard} goes on after its end at byte {position:,}: several archives in one file?")
         seen(rest)
 
@@ -308,7 +372,8 @@ def _label(shard: str, name: str, content: bytes) -> int | None:
             raise ValueError(f"its label is {label!r}")
         return label
     except (ValueError, RecursionError) as error:
-        raise BadData(f"{shard}: {name} is no label: {error}: a whole number, from 0 on") from error
+        found = f"{printable(name)} is no label: {str(error)[:200]}"
+        raise BadData(f"{shard}: {found}: a whole number, from 0 on") from error
 
 
 def _sample(shard: str, key: str, found: list[tuple[Member, bytes]], label: int | None, others: list[str]) -> Sample:
@@ -323,4 +388,5 @@ def _sample(shard: str, key: str, found: list[tuple[Member, bytes]], label: int 
 
 
 def _met(found: list[tuple[Member, bytes]], others: list[str]) -> str:
-    return f"(among {', '.join([member.name for member, _ in found] + others)[:200] or 'labels only'})"
+    names = ", ".join([member.name for member, _ in found] + others)[:200]
+    return f"(among {printable(names) or 'labels only'})"

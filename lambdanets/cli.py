@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 import lambdanets
 from lambdanets.recipes import BatchNorm, Options, Precision, RecipeName
@@ -182,10 +182,12 @@ def _shards(command: str, given: Namespace) -> int:
     try:
         if command == "pack":
             sizes = {"max_side_px": given.max_side_px, "shard_bytes": given.shard_bytes or SHARD_BYTES}
-            print(pack(given.folder, given.out, workers=given.workers, **sizes))
+            print(pack(given.folder, given.out, workers=given.workers, max_bad_frac=given.max_bad_frac, **sizes))
         else:
-            print(index(given.shards, out=given.out, classes=given.classes))
+            print(index(given.shards, out=given.out, classes=given.classes, allow_sources=given.allow_source))
         return 0
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: the same command goes on, finished shards are kept") from None
     except BadData as error:
         print(f"lambdanets {command}: {_message(error)}", file=sys.stderr)
         return 2
@@ -307,6 +309,12 @@ def _parser() -> ArgumentParser:
     pack.add_argument("out", type=str, metavar="OUT", help="a new folder: give it to `lambdanets train --data`")
     pack.add_argument("--max-side-px", type=PositiveInt, metavar="N", help="shrink larger images to this longer side")
     pack.add_argument("--shard-bytes", type=PositiveInt, metavar="N", help="largest shard, bytes (without it: 1 GiB)")
+    pack.add_argument(
+        "--max-bad-frac",
+        type=ClosedUnitInterval,
+        default=0.001,
+        help="of the training or the validation images, and one: more that cannot be decoded end the command",
+    )
     pack.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     commands.add_subcommand("pack", pack, help="pack a folder of images into tar shards")
 
@@ -317,6 +325,7 @@ def _parser() -> ArgumentParser:
     index.add_argument("shards", type=str, metavar="SHARDS", help="a folder or URL with train-*.tar and val-*.tar")
     index.add_argument("--out", type=str, metavar="FOLDER", help="where the index goes if SHARDS cannot be written")
     index.add_argument("--classes", type=str, metavar="FILE", help="names of the classes, one a line")
+    _allow_source(index)
     commands.add_subcommand("index", index, help="index tar shards, or verify them")
 
     models = ArgumentParser(description="Every model: name, parameters, GFLOPs.")
@@ -340,3 +349,14 @@ def _parser() -> ArgumentParser:
 def _workers_and_device(parser: ArgumentParser) -> None:
     parser.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
+
+
+def _allow_source(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-source",
+        type=str,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a place that a manifest or run may name, and all below it; repeatable; what you name yourself is allowed",
+    )

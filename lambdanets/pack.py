@@ -7,7 +7,6 @@ from there and ends, byte for byte, where the undisturbed one does.  The manifes
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -16,9 +15,12 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import stat
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
@@ -26,16 +28,33 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from .archive import MAX_MEMBER_BYTES, filesystem, join, samples, whole
-from .data import SHOWN, BadData, BadImage, Images, Order, folder, natural, open_image
-from .files import placed
-from .shards import COLUMNS, MANIFEST, SPLITS, Manifest, Shard, is_shards, manifest
+from .archive import MAX_MEMBER_BYTES, filesystem, join, on_this_machine, samples, whole
+from .data import BadData, BadImage, DiskFault, Images, Order, folder, natural, open_image
+from .errors import SHOWN, some
+from .files import end_with_parent, field, json_object, lock, open_to_append, placed, read_file, to_stderr, tried_again
+from .shards import (
+    COLUMNS,
+    MANIFEST,
+    SPLITS,
+    Digest,
+    Manifest,
+    Shard,
+    array,
+    column,
+    differing,
+    is_shards,
+    manifest,
+    place_of,
+    shard_of,
+)
 
 SHARD_BYTES = 1 << 30
+MAX_BAD_FRAC = 0.001
 BAD_SAMPLES = "bad_samples.jsonl"
 _JOURNAL = "packing.jsonl"
 _JPEG_QUALITY = 95
 _BLOCK_IMAGES = 64  # read at a time, by each worker
+_MOST_CLASSES = 1_000_000  # without their names; one digit too many in a label is no reason to make 10**9 of them
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _ROW = np.dtype(list(COLUMNS.items()))
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -50,11 +69,14 @@ class Packed(NamedTuple):
     shards: int
     bytes: int
     left_out: int
+    shards_at: str = ""
+    """A URL that has to be allowed when the data set is opened, since the user will name the index alone."""
 
     def __str__(self) -> str:
         images = f"{self.train_images:,} training and {self.val_images:,} validation images"
         bad = f"; {self.left_out:,} unreadable files left out, listed in {BAD_SAMPLES}" if self.left_out else ""
-        return f"{self.place}: {images} in {self.shards:,} shards, {self.bytes:,} bytes{bad}"
+        there = f"; train with --data {self.place} --allow-source {self.shards_at}" if self.shards_at else ""
+        return f"{self.place}: {images} in {self.shards:,} shards, {self.bytes:,} bytes{bad}{there}"
 
 
 def pack(
@@ -64,6 +86,7 @@ def pack(
     max_side_px: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 0,
+    max_bad_frac: float = MAX_BAD_FRAC,
 ) -> Packed:
     """Writes the pictures of a folder to shards in `out`, split as `data.folder` splits it, the training ones shuffled.
 
@@ -71,14 +94,16 @@ def pack(
                  where it is None, keep their bytes and get the suffix of what they are
     shard_bytes  a shard is closed before a picture that would make it larger
     workers      processes that read; 0: this one; the result does not depend on them
-    Every picture is decoded once; an unreadable one is left out, counted and listed with its reason.  Raises BadData:
-    what `data.folder` refuses, an `out` that holds something else or is being written, a full disk.  After that, or
-    after a kill, the same call continues.
+    max_bad_frac of a split: more pictures that cannot be decoded than this (and more than one) raise BadData
+    Every picture is decoded once; one whose content is bad is left out, counted and listed with its reason.  Raises
+    BadData: what `data.folder` refuses, too many bad pictures, an `out` that holds something else or is being written,
+    a full disk; DiskFault: a picture that the disk did not give.  After that, or after a kill, the same call continues,
+    and what was bad before is looked at again.
     """
     out = Path(out)
-    if shard_bytes < 1 or (max_side_px is not None and max_side_px < 1) or workers < 0:
+    if shard_bytes < 1 or (max_side_px is not None and max_side_px < 1) or workers < 0 or not 0 <= max_bad_frac <= 1:
         asked = f"shard_bytes is {shard_bytes}, max_side_px {max_side_px}, workers {workers}"
-        raise ValueError(f"{asked}: at least 1, 1 and 0")
+        raise ValueError(f"{asked}, max_bad_frac {max_bad_frac}: at least 1, 1 and 0, and 0 to 1")
     if is_shards(source):
         raise BadData(f"{source} is a data set of shards already: give the folder of pictures")
     if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
@@ -89,43 +114,79 @@ def pack(
     plan |= {split: images.fingerprint() for split, images in lists.items()}
     with _job(out, plan, shared=False) as job:
         if job is not None:
+            job.forget_repaired(functools.partial(_prepared, _root(found.train), max_side_px))
             for split, images in lists.items():
-                _pack_split(job, split, images, max_side_px, shard_bytes, workers)
+                with contextlib.closing(_items(images, split, job.next(split), max_side_px, workers)) as items:
+                    _pack_split(job, split, images, items, shard_bytes, max_bad_frac)
             job.finish(found.train.classes, paths=True)
     return _result(str(out), manifest(str(out)))
 
 
-def _pack_split(job: _Job, split: str, images: Images, max_side_px: int | None, shard_bytes: int, workers: int) -> None:
-    number, first = len(job.shards(split)), job.next(split)
-    items = _items(images, split, first, max_side_px, workers)
+def _pack_split(
+    job: _Job, split: str, images: Images, items: Iterator[_Item], shard_bytes: int, max_bad_frac: float
+) -> None:
+    number = len(job.shards(split))
+    known = job.bad(split)
+    _check_bad(known, {}, split, len(images), max_bad_frac, items)
     item = next(items, None)
     while item is not None:
         path = job.out / f"{split}-{number:05d}.tar"
         rows: list[tuple[int, int, int]] = []
         bad: dict[str, str] = {}
-        digest, size = hashlib.sha256(), 0
+        digest = Digest()
         with placed(path) as file:
             while item is not None:
                 if isinstance(item.found, BadImage):
                     bad[item.found.name] = item.found.reason
+                    _check_bad(known, bad, split, len(images), max_bad_frac, items)
                 else:
                     suffix, content = item.found
                     members, picture_bytes = _archived(item.name, suffix, content, item.label)
-                    if rows and size + len(members) + len(_END) > shard_bytes:
+                    if rows and digest.bytes + len(members) + len(_END) > shard_bytes:
                         break
-                    rows.append((size, picture_bytes, item.label))
-                    size += file.write(members)
+                    rows.append((digest.bytes, picture_bytes, item.label))
+                    file.write(members)
                     digest.update(members)
                 item = next(items, None)
             digest.update(_END)
-            size += file.write(_END)
-        shard = Shard(path.name, len(rows), size, digest.hexdigest()) if rows else None
+            file.write(_END)
+        shard = digest.shard(path.name, len(rows)) if rows else None
         if shard is None:  # what was left could not be read
             path.unlink()
         number += 1
         job.add(split, shard, rows, next_place=len(images) if item is None else item.place, bad=bad)
+        known |= bad
     if not job.shards(split):
-        raise BadData(f"none of the {len(images):,} images of {split} can be read; the first: {job.first_bad(split)}")
+        raise BadData(f"none of the {len(images):,} images of {split} can be read; the first: {_listed(known, 1)}")
+
+
+def _check_bad(
+    known: dict[str, str], new: dict[str, str], split: str, n: int, max_bad_frac: float, items: Iterator[_Item]
+) -> None:
+    """Raises BadData where there are too many; a thousand more pictures are looked at, to name more than the first."""
+    allowed = max(1, int(max_bad_frac * n))
+    if len(known) + len(new) <= allowed:
+        return
+    bad = known | new
+    for item in itertools.islice(items, 1000):
+        if len(bad) >= SHOWN:
+            break
+        if isinstance(item.found, BadImage):
+            bad[item.found.name] = item.found.reason
+    found = f"at least {len(bad):,} of the {n:,} images of {split} cannot be read, {allowed:,} allowed"
+    remedy = f"repair them, or raise --max-bad-frac (now {max_bad_frac:g}), and give the same command"
+    raise BadData(
+        f"{found}: {remedy}; after removing some, pack into a new folder; the first:\n  {_listed(bad, SHOWN)}"
+    )
+
+
+def _listed(bad: dict[str, str], shown: int) -> str:
+    return some((f"{name}: {reason}" for name, reason in itertools.islice(bad.items(), shown)), between="\n  ")
+
+
+def _root(images: Images) -> Path:
+    root: Path = images.root  # type: ignore[attr-defined]  # a list of files
+    return root
 
 
 class _Item(NamedTuple):
@@ -135,30 +196,42 @@ class _Item(NamedTuple):
     found: tuple[str, bytes] | BadImage
 
 
-def _items(images: Images, split: str, first: int, max_side_px: int | None, workers: int) -> Iterator[_Item]:
+def _items(
+    images: Images, split: str, first: int, max_side_px: int | None, workers: int
+) -> Generator[_Item, None, None]:
     """What is to be packed, from a place on: (suffix, bytes) of a picture, or why it cannot be read."""
     order = Order(len(images), seed=0, epoch=0)
-    prepare = functools.partial(_prepared, images.root, max_side_px)  # type: ignore[attr-defined]  # a list of files
+    prepare = functools.partial(_prepared, _root(images), max_side_px)
     block = _BLOCK_IMAGES * max(1, workers)
     with contextlib.ExitStack() as stack:
         mapped: Callable[..., Any] = map
         if workers:
-            pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-            mapped = functools.partial(stack.enter_context(pool).map, chunksize=8)
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
+            mapped = functools.partial(pool.map, chunksize=8)
         for start in range(first, len(images), block):
             places = range(start, min(start + block, len(images)))
             ids = order[places.start : places.stop].tolist() if split == "train" else list(places)
             names = [images.names[index] for index in ids]
-            for place, index, name, found in zip(places, ids, names, mapped(prepare, names), strict=True):
-                yield _Item(place, name, int(images.labels[index]), found)
+            try:
+                for place, index, name, found in zip(places, ids, names, mapped(prepare, names), strict=True):
+                    yield _Item(place, name, int(images.labels[index]), found)
+            except BrokenProcessPool as error:
+                remedy = "give the same command, with fewer --workers if memory is short: finished shards are kept"
+                raise BadData(f"a process that reads pictures was killed: {remedy}") from error
+
+
+def _begin_worker() -> None:
+    """A worker ends with its parent, however that ends, and leaves Ctrl-C, which the terminal sends to all, to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _prepared(root: Path, max_side_px: int | None, name: str) -> tuple[str, bytes] | BadImage:
+    """The picture's file read once, decoded from those bytes: all of it, since a cut file shows only then."""
     try:
-        image = open_image(root / name, name=name)  # all of it: a cut file shows only then
-        content = (root / name).read_bytes()
-        if len(content) > MAX_MEMBER_BYTES:
-            return BadImage(name, f"has {len(content):,} bytes, {MAX_MEMBER_BYTES:,} allowed")
+        content = _content(root / name, name)
+        image = open_image(content, name=name)
         if max_side_px is not None and max(image.size) > max_side_px:
             image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
             file = io.BytesIO()
@@ -168,8 +241,23 @@ def _prepared(root: Path, max_side_px: int | None, name: str) -> tuple[str, byte
             return _SUFFIXES[stored.format or ""], content
     except BadImage as error:
         return error
+
+
+def _content(path: Path, name: str) -> bytes:
+    def once() -> bytes:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise BadImage(name, "is a folder or a device, not a file")
+        if found.st_size > MAX_MEMBER_BYTES:
+            raise BadImage(name, f"has {found.st_size:,} bytes, {MAX_MEMBER_BYTES:,} allowed")
+        return read_file(path, MAX_MEMBER_BYTES)
+
+    try:
+        return tried_again(once)
     except OSError as error:
-        return BadImage(name, f"cannot be read: {error.strerror or error}")
+        reason = f"cannot be read, though it was tried again: {error.strerror or error}"
+        remedy = "nothing was concluded from that; give the same command when it can: finished shards are kept"
+        raise DiskFault(name, f"{reason}; {remedy}") from error
 
 
 def _archived(name: str, suffix: str, content: bytes, label: int) -> tuple[bytes, int]:
@@ -192,19 +280,26 @@ def _padded(content: bytes) -> bytes:
     return content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
-def index(where: str | Path, *, out: str | Path | None = None, classes: str | Path | None = None) -> Packed:
+def index(
+    where: str | Path,
+    *,
+    out: str | Path | None = None,
+    classes: str | Path | None = None,
+    allow_sources: Sequence[str] = (),
+) -> Packed:
     """Makes index and manifest for the archives `where`/*.tar; where they are there, compares every byte with them.
 
     where    a folder or URL; archives called val*, valid*, validation* or test* are the validation split
     out      a folder for index and manifest where `where` cannot be written; the data set is then opened there
     classes  a text file with a name a line; without it the classes are called 0, 1, ... up to the largest label
+    allow_sources  URLs that a manifest may name as the place of the shards, besides `where`
     Raises BadData naming the archive: damaged, cut, a member that `archive.header` refuses, a sample without picture or
     label; in a comparison, all archives that differ, the first ten by name.
     """
     base = str(where).rstrip("/")
     found, path, local = filesystem(base)
     if found.exists(join(path, MANIFEST)):
-        return _compared(base)
+        return _compared(base, allow_sources)
     listed = found.glob(join(path, "*.tar"), detail=True)
     sizes = {name.rpartition("/")[2]: int(entry["size"]) for name, entry in listed.items()}
     names: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -230,24 +325,25 @@ def index(where: str | Path, *, out: str | Path | None = None, classes: str | Pa
 def _index_split(job: _Job, split: str, base: str, names: list[str], classes: tuple[str, ...] | None) -> int:
     """Indexes what is not yet in the journal; gives the largest label."""
     for name in names[len(job.shards(split)) :]:
-        digest, rows = hashlib.sha256(), []
+        digest, rows = Digest(), []
         with whole(base, name) as file:
             for sample in samples(file, join(base, name), digest.update):
-                if classes is not None and sample.label >= len(classes):
-                    allowed = f"labels run from 0 to {len(classes) - 1} ({len(classes)} classes)"
+                n = _MOST_CLASSES if classes is None else len(classes)
+                if sample.label >= n:
+                    known = f"{n:,} classes" if classes is not None else "more need their names: --classes FILE"
+                    allowed = f"labels run from 0 to {n - 1} ({known})"
                     raise BadData(f"{join(base, name)}: {sample.key!r} has the label {sample.label}: {allowed}")
                 picture = sample.picture
                 rows.append((picture.start, picture.head_bytes + picture.bytes, sample.label))
-            size = file.tell()
         if not rows:
             raise BadData(f"{join(base, name)} holds no sample: remove it")
-        job.add(split, Shard(name, len(rows), size, digest.hexdigest()), rows, next_place=0, bad={})
-    return max(int(job.rows(shard.name)["label"].max()) for shard in job.shards(split))
+        job.add(split, digest.shard(name, len(rows)), rows, next_place=0, bad={})
+    return max(int(job.rows(shard)["label"].max()) for shard in job.shards(split))
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        names = tuple(line.strip() for line in read_file(path).decode("utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise BadData(f"{path}: the class names cannot be read: {error}") from error
     if len(names) < 2 or len(set(names)) < len(names) or not all(names):
@@ -255,40 +351,58 @@ def _class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _compared(base: str) -> Packed:
+def _compared(base: str, allow_sources: Sequence[str]) -> Packed:
     held = manifest(base)
-    home, wrong = held.base or base, []
-    for shard in (shard for split in SPLITS for shard in held.splits[split]):
-        digest, count = hashlib.sha256(), 0
-        try:
-            with whole(home, shard.name) as file:
-                for _ in samples(file, join(home, shard.name), digest.update):
-                    count += 1
-                size = file.tell()
-        except BadData as error:
-            wrong.append(str(error))
-            continue
-        seen = Shard(shard.name, count, size, digest.hexdigest())
-        if seen != shard:
-            wrong.append(f"{join(home, shard.name)}: found {seen[1:]}, the manifest says {shard[1:]}")
-    for split, name in itertools.product(SPLITS, COLUMNS):
-        digest = hashlib.sha256()
-        with whole(base, f"{split}.{name}.npy") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-        if digest.hexdigest() != held.columns[split][name]:
-            wrong.append(f"{split}.{name}.npy: its sha256 is not the manifest's: remove {MANIFEST} and index again")
+    home = place_of(base, held, allow_sources)
+    missing = differing(home, held, heads=False)
+    wrong = []
+    for split in SPLITS:
+        columns: list[np.ndarray[Any, Any]] = []
+        for name in COLUMNS:
+            try:
+                columns.append(column(base, held, split, name))
+            except BadData as error:
+                wrong.append(str(error))
+        first = 0
+        for shard in held.splits[split]:
+            of_shard = [of[first : first + shard.samples] for of in columns] if len(columns) == len(COLUMNS) else None
+            first += shard.samples
+            if shard.name in missing:
+                wrong.append(f"{join(home, shard.name)} {missing[shard.name]}")
+            elif (why := _differs(home, shard, of_shard)) is not None:
+                wrong.append(why)
     if wrong:
-        more = f"\n  and {len(wrong) - SHOWN:,} more" if len(wrong) > SHOWN else ""
-        raise BadData(f"{len(wrong):,} files of {base} are damaged or changed:" + "".join(
-            f"\n  {line}" for line in wrong[:SHOWN]) + more)  # fmt: skip
+        listed = some(wrong, between="\n  ")
+        raise BadData(f"{len(wrong):,} files of {base} are damaged or changed:\n  {listed}")
     return _result(base, held)
+
+
+def _differs(home: str, shard: Shard, columns: list[np.ndarray[Any, Any]] | None) -> str | None:
+    """How an archive, read from end to end, differs from the manifest and from its part of the index."""
+    where, digest, count, first = join(home, shard.name), Digest(), 0, None
+    try:
+        with whole(home, shard.name) as file:
+            for sample in samples(file, where, digest.update):
+                if columns is not None and first is None and count < shard.samples:
+                    picture = sample.picture
+                    has = picture.start, picture.head_bytes + picture.bytes, sample.label
+                    told = tuple(int(of[count]) for of in columns)
+                    if has != told:
+                        first = f"{where}: (start, bytes, label) of {sample.key!r} are {has}, the index says {told}"
+                count += 1
+    except BadData as error:
+        return str(error)
+    seen = digest.shard(shard.name, count)
+    if not shard.head:  # of an older version
+        seen = seen._replace(head="")
+    return first if seen == shard else f"{where}: found {seen[1:]}, the manifest says {shard[1:]}"
 
 
 def _result(place: str, held: Manifest) -> Packed:
     shards = [shard for split in SPLITS for shard in held.splits[split]]
     train, val = (sum(shard.samples for shard in held.splits[split]) for split in SPLITS)
-    return Packed(place, train, val, len(shards), sum(shard.bytes for shard in shards), held.left_out)
+    away = held.base if held.base and not on_this_machine(held.base) else ""
+    return Packed(place, train, val, len(shards), sum(shard.bytes for shard in shards), held.left_out, away)
 
 
 # ---- the journal
@@ -298,7 +412,7 @@ def _result(place: str, held: Manifest) -> Packed:
 def _job(out: Path, plan: dict[str, Any], *, shared: bool) -> Iterator[_Job | None]:
     """The job in that folder, begun or continued; None where it is done. shared: other files may lie there."""
     plan = json.loads(json.dumps(plan))
-    if (out / MANIFEST).is_file():
+    if os.path.isfile(out / MANIFEST):
         if manifest(str(out)).plan != plan:
             raise BadData(f"{out} holds the shards of another folder, or of other sizes: name a new folder")
         _tidy(out)
@@ -309,9 +423,9 @@ def _job(out: Path, plan: dict[str, Any], *, shared: bool) -> Iterator[_Job | No
         held = sorted(path.name for path in out.iterdir())
         if held and _JOURNAL not in held and not shared:
             raise BadData(f"{out} is not empty (it holds {held[0]}): name a new folder")
-        with open(out / _JOURNAL, "a+b") as file:
+        with open_to_append(out / _JOURNAL) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, out)
             except BlockingIOError:
                 raise BadData(f"{out} is being written by another process") from None
             yield _Job(out, file, plan, anew=shared)
@@ -332,14 +446,24 @@ class _Job:
     def __init__(self, out: Path, file: IO[bytes], plan: dict[str, Any], *, anew: bool) -> None:
         self.out, self._file, self._plan = out, file, plan
         file.seek(0)
-        text = file.read()
-        if not text.endswith(b"\n"):  # a kill cut the last line short
-            text = text[: text.rfind(b"\n") + 1]
-            file.truncate(len(text))
-        lines = [json.loads(line) for line in text.splitlines()]
+        content = file.readall()  # type: ignore[attr-defined]  # an unbuffered file's
+        lines: list[dict[str, Any]] = []
+        good = 0
+        for number, text in enumerate(
+            content.split(b"\n")[:-1]
+        ):  # after the last line end: nothing, or what a kill cut
+            try:
+                lines.append(_plan_of(text) if number == 0 else _finished(text))
+                good += len(text) + 1
+            except ValueError as error:
+                where = f"{out / _JOURNAL}, line {number + 1}"
+                if number == 0 and not anew:
+                    raise BadData(f"{where} is damaged ({error}): remove {out} and give the same command") from error
+                to_stderr(f"{where} is damaged ({error}): the shards from there on are made again")
+                break
         if lines and lines[0]["plan"] != plan and anew:  # an archive was repaired: indexing loses nothing but time
-            file.truncate(0)
-            lines = []
+            lines, good = [], 0
+        file.truncate(good)
         if not lines:
             self._write({"plan": plan})
         elif lines[0]["plan"] != plan:
@@ -348,9 +472,23 @@ class _Job:
         self._lines = lines[1:]
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        left = memoryview(json.dumps(line).encode() + b"\n")
+        while left:  # a disk that is almost full takes a part, and refuses the rest
+            left = left[self._file.write(left) :]
         os.fsync(self._file.fileno())
+
+    def forget_repaired(self, prepared: Callable[[str], object]) -> None:
+        """Goes back to before the first shard that left out a picture which can be read now: it is packed again."""
+        for place, line in enumerate(self._lines):
+            if any(not isinstance(prepared(name), BadImage) for name in line["bad"]):
+                self._file.seek(0)
+                texts = self._file.readall().split(b"\n")  # type: ignore[attr-defined]
+                self._file.truncate(sum(len(text) + 1 for text in texts[: place + 1]))
+                os.fsync(self._file.fileno())
+                again, self._lines = self._lines[place:], self._lines[:place]
+                for shard in (Shard(*line["shard"]) for line in again if line["shard"]):
+                    (self.out / shard.name).unlink(missing_ok=True)
+                return
 
     def shards(self, split: str) -> list[Shard]:
         return [Shard(*line["shard"]) for line in self._lines if line["split"] == split and line["shard"]]
@@ -358,19 +496,22 @@ class _Job:
     def next(self, split: str) -> int:
         return next((int(line["next"]) for line in reversed(self._lines) if line["split"] == split), 0)
 
-    def first_bad(self, split: str) -> str:
-        bad = [(name, why) for line in self._lines if line["split"] == split for name, why in line["bad"].items()]
-        return f"{bad[0][0]}: {bad[0][1]}" if bad else "there is none"
+    def bad(self, split: str) -> dict[str, str]:
+        return {name: why for line in self._lines if line["split"] == split for name, why in line["bad"].items()}
 
-    def rows(self, shard: str) -> np.ndarray[Any, Any]:
-        rows: np.ndarray[Any, Any] = np.load(self.out / f".{shard}.npy", allow_pickle=False)
-        return rows
+    def rows(self, shard: Shard) -> np.ndarray[Any, Any]:
+        place = self._rows_file(shard)
+        return array(place, str(place), _ROW, shard.samples, f"remove {self.out / _JOURNAL} and begin again")
+
+    def _rows_file(self, shard: Shard) -> Path:
+        name = shard.name if len(os.fsencode(shard.name)) <= 200 else f"{shard.sha256}.tar"  # 255 with what is added
+        return self.out / f".{name}.npy"
 
     def add(
         self, split: str, shard: Shard | None, rows: list[tuple[int, int, int]], *, next_place: int, bad: dict[str, str]
     ) -> None:
         if shard is not None:
-            with placed(self.out / f".{shard.name}.npy") as file:
+            with placed(self._rows_file(shard)) as file:
                 np.save(file, np.array(rows, _ROW), allow_pickle=False)
         line = {"split": split, "shard": shard, "next": next_place, "bad": bad}
         self._write(line)
@@ -394,7 +535,25 @@ class _Job:
         shape = (sum(shard.samples for shard in shards),)
         np.lib.format.write_array_header_1_0(start, {"descr": COLUMNS[column], "fortran_order": False, "shape": shape})
         with placed(self.out / f"{split}.{column}.npy") as file:
-            for part in itertools.chain([start.getvalue()], (self.rows(s.name)[column].tobytes() for s in shards)):
+            for part in itertools.chain([start.getvalue()], (self.rows(s)[column].tobytes() for s in shards)):
                 digest.update(part)
                 file.write(part)
         return digest.hexdigest()
+
+
+def _plan_of(text: bytes) -> dict[str, Any]:
+    return {"plan": field(json_object(text), "plan", dict)}
+
+
+def _finished(text: bytes) -> dict[str, Any]:
+    """A line of the journal, checked. Raises ValueError."""
+    held = json_object(text)
+    if field(held, "split", str) not in SPLITS or field(held, "next", int) < 0:
+        raise ValueError(f"its split is {str(held['split'])[:60]!r}, its 'next' {held['next']}")
+    shard = field(held, "shard", (list, type(None)))
+    if shard is not None:
+        shard_of(dict(zip(Shard._fields, shard, strict=False)), shard[4] if len(shard) > 4 else "")
+    bad = field(held, "bad", dict)
+    if not all(isinstance(why, str) and "\0" not in name for name, why in bad.items()):
+        raise ValueError("its 'bad' should be names and reasons")
+    return held

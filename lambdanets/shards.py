@@ -2,7 +2,7 @@
 
 A data set of shards is a folder, or a URL that fsspec opens, with
 
-    manifest.json         classes; of each split its shards, each with samples, bytes and sha256
+    manifest.json         classes; of each split its shards, each with samples, bytes and sha256, and heads
     train-00000.tar ...   KEY.jpg beside KEY.cls (the label in digits) or KEY.json ({"label": 3})
     train.start.npy       uint64, where in its shard a sample's picture begins: at its header
     train.bytes.npy       uint32, from there to the picture's last byte
@@ -16,14 +16,16 @@ Samples count through the shards in the manifest's order.  `pack.py` writes all 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast, overload
 from urllib.parse import unquote
@@ -32,38 +34,65 @@ import numpy as np
 from PIL import Image
 
 from .archive import (
+    MAX_MEMBER_BYTES,
     STREAM,
     Member,
+    check_source,
     filesystem,
     header,
     join,
     key_and_suffix,
+    on_disk,
     read,
     retried,
     samples,
     whole,
 )
-from .data import CHUNK_IMAGES, SHOWN, BadData, FolderData, Images, hash_of, open_image
-from .files import placed
+from .data import CHUNK_IMAGES, BadData, DiskFault, FolderData, Images, hash_of, open_image
+from .errors import printable, some
+from .files import field, json_object, open_file, placed
 
 MANIFEST = "manifest.json"
 FORMAT = "lambdanets shards 1"
 COLUMNS = {"start": "<u8", "bytes": "<u4", "label": "<i4"}
 SPLITS = ("train", "val")
+HEAD_BYTES = 4096  # of each shard, hashed: the name, size and date of its first picture, and where that begins
+MANIFEST_BYTES = 64 << 20  # 13,000 shards take 3 MB
+_SHARD_BYTES = 1 << 48  # more than a disk holds; sums of them stay below 2**63
+_PICTURE_BYTES = MAX_MEMBER_BYTES + (3 << 20)  # with its header, which may be extended
+_HEADER_BYTES = 1 << 16  # an index file's, at most
 _PART_BYTES = 16 << 20  # of a remote index, a read
 _READERS = 16  # of a store, at a time, in each process
 
 
 class Shard(NamedTuple):
-    """One archive of the manifest."""
+    """One archive of the manifest. head: the sha256 of its first HEAD_BYTES; "" where an older version wrote it."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    head: str = ""
 
 
-@dataclass(frozen=True)
+class Digest:
+    """Counts and hashes the bytes of a shard as they pass."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._all, self._head = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, content: bytes) -> None:
+        if self.bytes < HEAD_BYTES:
+            self._head.update(content[: HEAD_BYTES - self.bytes])
+        self._all.update(content)
+        self.bytes += len(content)
+
+    def shard(self, name: str, samples: int) -> Shard:
+        return Shard(name, samples, self.bytes, self._all.hexdigest(), self._head.hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """What manifest.json says, checked.
 
@@ -86,8 +115,11 @@ class Manifest:
     def text(self) -> str:
         """The JSON, the same for the same data set; a line a shard."""
         shards = {split: [shard._asdict() for shard in of] for split, of in self.splits.items()}
+        # Apart from the shards, whose fields older versions know: they read this manifest too.
+        heads = {split: [shard.pop("head") for shard in of] for split, of in shards.items()}
         fields = {name: getattr(self, name) for name in ("classes", "paths", "left_out", "base", "plan", "columns")}
-        lines = json.dumps({"format": FORMAT, **fields, "splits": {split: [] for split in shards}}, indent=1)
+        held = {"format": FORMAT, **fields, "heads": heads, "splits": {split: [] for split in shards}}
+        lines = json.dumps(held, indent=1)
         for split, of in shards.items():
             rows = ",\n".join(f"   {json.dumps(row)}" for row in of)
             lines = lines.replace(f'"{split}": []', f'"{split}": [\n{rows}\n  ]')
@@ -95,29 +127,70 @@ class Manifest:
 
 
 def manifest(base: str) -> Manifest:
-    """Reads and checks BASE/manifest.json. Raises BadData."""
+    """Reads and checks BASE/manifest.json, each field of it. Raises BadData."""
     where = join(base, MANIFEST)
-    content = read(base, MANIFEST)
+    with whole(base, MANIFEST, most_bytes=MANIFEST_BYTES) as file:
+        try:
+            content = file.read()
+        except OSError as error:
+            raise DiskFault(where, f"cannot be read: {error.strerror or error}") from error
     try:
-        held = json.loads(content)
-        if held.get("format") != FORMAT:
-            raise ValueError(f"its format is {held.get('format')!r}, not {FORMAT!r}")
-        splits = {split: [Shard(**shard) for shard in held["splits"][split]] for split in SPLITS}
-        for shard in (shard for of in splits.values() for shard in of):
-            sizes = (shard.samples, shard.bytes)
-            if PurePosixPath(shard.name).name != shard.name or shard.name in ("", "..") or "\\" in shard.name:
-                raise ValueError(f"the shard {shard.name!r} is no plain file name")
-            if not all(isinstance(size, int) and size > 0 for size in sizes):
-                raise ValueError(f"the shard {shard.name} has {sizes} samples and bytes")
-        columns = {split: {name: str(held["columns"][split][name]) for name in COLUMNS} for split in SPLITS}
-        classes = tuple(str(name) for name in held["classes"])
-        fields = bool(held["paths"]), int(held["left_out"]), str(held["base"]), dict(held["plan"])
-        return Manifest(classes, *fields, splits, columns)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadData(f"{where} is no manifest of shards: {error!r}") from error
+        return _manifest(json_object(content))
+    except ValueError as error:
+        raise BadData(f"{where} is no manifest of shards: {printable(error)}") from error
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+def _manifest(held: dict[str, Any]) -> Manifest:
+    if held.get("format") != FORMAT:
+        raise ValueError(f"its format is {str(held.get('format'))[:60]!r}, not {FORMAT!r}")
+    splits, columns = {}, {}
+    of_splits, of_columns = field(held, "splits", dict), field(held, "columns", dict)
+    of_heads = field(held, "heads", dict) if "heads" in held else {}
+    for split in SPLITS:
+        listed = field(of_splits, split, list)
+        heads = field(of_heads, split, list) if "heads" in held else [""] * len(listed)
+        if len(heads) != len(listed):
+            raise ValueError(f"it has {len(listed):,} shards of {split} and {len(heads):,} heads")
+        splits[split] = [shard_of(shard, head) for shard, head in zip(listed, heads, strict=True)]
+        hashes = field(of_columns, split, dict)
+        columns[split] = {name: _hex(field(hashes, name, str), f"{split}.{name}") for name in COLUMNS}
+    names = [shard.name for of in splits.values() for shard in of]
+    if len(set(names)) < len(names):
+        raise ValueError(f"it lists a shard twice, of {len(names):,}")
+    classes = field(held, "classes", list)
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ValueError("its 'classes' should be different names")
+    left_out, plan = field(held, "left_out", int), field(held, "plan", dict)
+    if left_out < 0:
+        raise ValueError(f"its 'left_out' is {left_out}")
+    paths, base = field(held, "paths", bool), field(held, "base", str)
+    if b"\0" in os.fsencode(base):  # a ValueError of its own where it is no text
+        raise ValueError(f"its 'base' is {base[:60]!r}")
+    return Manifest(tuple(classes), paths, left_out, base, plan, splits, columns)
+
+
+def shard_of(held: Any, head: Any = "") -> Shard:
+    """The shard that an object from JSON describes. Raises ValueError: of other types, a name that is a path, sizes
+    that cannot be."""
+    name = field(held, "name", str)
+    os.fsencode(name)  # a ValueError where no file can be called so
+    if PurePosixPath(name).name != name or name in ("", "..") or any(part in name for part in ("\\", "\0", "::")):
+        raise ValueError(f"the shard {name!r} is no plain file name")
+    n, size = field(held, "samples", int), field(held, "bytes", int)
+    if not 0 < n <= size // 1024 or size > _SHARD_BYTES:  # a sample has two members, each with a header of 512 bytes
+        raise ValueError(f"the shard {name!r} has {n:,} samples and {size:,} bytes")
+    if head != "":
+        _hex(head, f"head of {name}")
+    return Shard(name, n, size, _hex(field(held, "sha256", str), name), head)
+
+
+def _hex(sha256: Any, what: str) -> str:
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"the sha256 {str(sha256)[:80]!r} of {what} is none")
+    return sha256
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShardImages(Images):
     """The pictures of one split. Names are read from the shards when they are asked for; labels lie in a mapped file.
 
@@ -137,7 +210,7 @@ class ShardImages(Images):
     paths: bool
     streamed: bool
     digest: str
-    coming: dict[tuple[int, int], Future[bytes]] = field(default_factory=dict)  # (process, id): `expect`
+    coming: dict[tuple[int, int], Future[bytes]] = dataclasses.field(default_factory=dict)  # (process, id): `expect`
 
     def load(self, index: int) -> Image.Image:
         """The picture. Raises BadImage where it is bad, BadData where the shard is: it is not what was indexed."""
@@ -183,8 +256,15 @@ class ShardImages(Images):
         return self.shards[self._number(index)]
 
     def _bytes(self, index: int) -> bytes:
-        start = int(self.starts[index])
-        return read(self.base, self._shard(index).name, start, start + int(self.lengths[index]))
+        shard, start, length = self._shard(index), int(self.starts[index]), int(self.lengths[index])
+        if start + length > shard.bytes or length > _PICTURE_BYTES:  # nothing is made ready for what cannot be
+            found = f"{length:,} bytes from byte {start:,} of {shard.bytes:,}"
+            raise BadData(f"{join(self.base, shard.name)}: the index says {found}: {self._remedy}")
+        return read(self.base, shard.name, start, start + length)
+
+    @property
+    def _remedy(self) -> str:
+        return f"it was changed after it was indexed; compare all: lambdanets index {self.home}"
 
     def _read(self, index: int) -> tuple[Member, bytes]:
         shard, start, length = self._shard(index), int(self.starts[index]), int(self.lengths[index])
@@ -201,16 +281,15 @@ class ShardImages(Images):
         member = header(take, where, start)
         if member is None or member.head_bytes + member.bytes != length:
             found = "a folder" if member is None else f"{member.name!r} with {member.bytes:,} bytes"
-            remedy = f"it was changed after it was indexed; compare all: lambdanets index {self.home}"
-            raise BadData(f"{where}, byte {start:,}: {found} where the index has {length:,} bytes: {remedy}")
+            raise BadData(f"{where}, byte {start:,}: {found} where the index has {length:,} bytes: {self._remedy}")
         return member, bytes(content[member.head_bytes :])
 
     def __reduce__(self) -> tuple[Any, ...]:  # to a worker that is not forked; a mapped file would travel as its bytes
-        return _again, (f"{STREAM if self.streamed else ''}{self.home}", self.split)
+        return _again, (f"{STREAM if self.streamed else ''}{self.home}", self.base, self.split)
 
 
-def _again(home: str, split: str) -> Images:
-    found = open_shards(home)
+def _again(where: str, base: str, split: str) -> Images:
+    found = _opened(where, (base,), compare=False)
     return found.train if split == "train" else found.val
 
 
@@ -235,21 +314,30 @@ class _Names(Sequence[str]):
 
 def is_shards(path: str | Path) -> bool:
     """Whether that is a data set of shards: a URL, or a folder with a manifest."""
-    return "://" in str(path) or str(path).startswith((STREAM, "pipe:")) or (Path(path) / MANIFEST).is_file()
+    return "://" in str(path) or str(path).startswith((STREAM, "pipe:")) or os.path.isfile(Path(path) / MANIFEST)
 
 
-def open_shards(where: str | Path) -> FolderData:
+def open_shards(where: str | Path, *, allow_sources: Sequence[str] = ()) -> FolderData:
     """Opens a data set of shards: a folder, a URL, or "stream:" before either (see `stream`).
 
-    Every shard's size is compared with the manifest; `lambdanets index` compares every byte. A remote index is copied
-    to ~/.cache/lambdanets once. Raises BadData: no manifest, a shard that is missing, cut or of another size, an index
-    that does not fit.
+    allow_sources  URLs that its manifest may name as the place of the shards, besides `where` and what lies below it
+
+    Compared with the manifest are the index, byte for byte, and every shard's size and first bytes; `lambdanets index`
+    compares every byte. A remote index is copied to ~/.cache/lambdanets once. Raises BadData: no manifest, a place that
+    nobody allowed, a shard that is missing, cut, of another size or in another's place, an index that does not fit.
     """
-    home = str(where).removeprefix(STREAM)
-    streamed = str(where).startswith(STREAM)
+    return _opened(str(where), allow_sources, compare=True)
+
+
+def _opened(where: str, allow_sources: Sequence[str], *, compare: bool) -> FolderData:
+    """`open_shards`; compare=False: again, in a process whose parent compared."""
+    home = where.removeprefix(STREAM)
+    streamed = where.startswith(STREAM)
     held = manifest(home)
-    base = held.base or home
-    check_sizes(base, held)
+    base = place_of(home, held, allow_sources)
+    if compare and (wrong := differing(base, held, heads=not streamed)):
+        count, why = sum(len(of) for of in held.splits.values()), (f"{name} {why}" for name, why in wrong.items())
+        raise BadData(f"{len(wrong):,} of {count:,} shards of {base}: {some(why)}")
     if len(held.classes) < 2:
         raise BadData(f"{join(home, MANIFEST)} has {len(held.classes)} class(es); a classifier needs two")
     parts = []
@@ -258,10 +346,12 @@ def open_shards(where: str | Path) -> FolderData:
         first_images = np.concatenate([[0], np.cumsum(n, dtype=np.int64)])
         if not n:
             raise BadData(f"{join(home, MANIFEST)} lists no shard of {split}")
-        columns = [_column(home, f"{split}.{name}.npy", held.columns[split][name], sum(n)) for name in COLUMNS]
-        start, length, label = columns
+        with ThreadPoolExecutor(len(COLUMNS)) as pool:  # 2 GB to hash where there are 130 million samples
+            read_column = functools.partial(column, home, held, split, compare=compare)
+            start, length, label = pool.map(read_column, COLUMNS)
         owner: list[ShardImages] = []
-        content = held.classes, held.paths, held.splits[split], held.columns[split]["label"]
+        known = [shard[:4] for shard in held.splits[split]]  # without heads: a run goes on with what it began with
+        content = held.classes, held.paths, known, held.columns[split]["label"]
         part = ShardImages(
             held.classes, _Names(owner, sum(n)), label, base, home, split, held.splits[split], first_images, start,
             length, held.paths, streamed, hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -278,71 +368,122 @@ def open_shards(where: str | Path) -> FolderData:
     return FolderData(train, val, how, {})
 
 
-def check_sizes(base: str, held: Manifest) -> None:
-    """Compares the bytes of every shard with the manifest. Raises BadData naming those that differ or are missing."""
-    found, path, _ = filesystem(base)
+def place_of(home: str, held: Manifest, allow_sources: Sequence[str]) -> str:
+    """Where the shards lie. Raises BadData where the manifest sends us to a place that the user did not name."""
+    if held.base:
+        check_source(held.base, (home, *allow_sources), join(home, MANIFEST))
+    return held.base or home
+
+
+def differing(base: str, held: Manifest, *, heads: bool) -> dict[str, str]:
+    """The shards that are not those of the manifest by their size, or by their first bytes, and why.
+
+    Sizes come in one listing; each head is a read, 32 at a time.  heads: False where a store serves no parts.
+    """
+    found, path, local = filesystem(base)
     sizes: dict[str, int | None] = {}
     with contextlib.suppress(Exception):  # a store need not list, and then each shard is asked for
-        listed = found.ls(path, detail=True)
+        listed = found.ls(path, detail=True) if local else retried(base, lambda: found.ls(path, detail=True))
         sizes = {str(entry["name"]).rpartition("/")[2]: entry.get("size") for entry in listed}
-    shards = [shard for split in SPLITS for shard in held.splits[split]]
 
-    def size_of(shard: Shard) -> int | None:
-        known = sizes.get(shard.name)
-        if known is not None:
-            return known
+    def asked_for(shard: Shard) -> int | None:
+        place, where = join(path, shard.name), join(base, shard.name)
         try:
-            size = found.info(join(path, shard.name)).get("size")
-        except FileNotFoundError:
-            return None
+            size = found.info(place).get("size") if local else retried(where, lambda: found.info(place).get("size"))
+        except (OSError, BadData) as error:
+            if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise BadData(f"{where}: {printable(error)}") from error
         return shard.bytes if size is None else int(size)  # some servers do not tell
 
+    def wrong(shard: Shard) -> str | None:
+        known = sizes.get(shard.name)
+        size = known if known is not None else asked_for(shard)
+        if size != shard.bytes:
+            return "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
+        if heads and shard.head:
+            head = read(base, shard.name, 0, min(HEAD_BYTES, shard.bytes))
+            if hashlib.sha256(head).hexdigest() != shard.head:
+                return "is not the archive that was indexed: it begins with other bytes"
+        return None
+
+    shards = [shard for split in SPLITS for shard in held.splits[split]]
     with ThreadPoolExecutor(32) as pool:
-        wrong = [
-            f"{shard.name} " + ("is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}")
-            for shard, size in zip(shards, pool.map(size_of, shards), strict=True)
-            if size != shard.bytes
-        ]
-    if wrong:
-        more = f" and {len(wrong) - SHOWN:,} more" if len(wrong) > SHOWN else ""
-        raise BadData(f"{len(wrong):,} of {len(shards):,} shards of {base}: {', '.join(wrong[:SHOWN])}{more}")
+        return {shard.name: why for shard, why in zip(shards, pool.map(wrong, shards), strict=True) if why is not None}
 
 
-def _column(home: str, name: str, sha256: str, n: int) -> np.ndarray[Any, Any]:
-    """An index file, mapped."""
-    _, path, local = filesystem(join(home, name))
-    where = Path(path) if local else _fetched(home, name, sha256)
+def column(home: str, held: Manifest, split: str, name: str, *, compare: bool = True) -> np.ndarray[Any, Any]:
+    """A column of the index, mapped; compared with its sha256 (a damaged copy of a remote one is fetched again)."""
+    file, sha256 = f"{split}.{name}.npy", held.columns[split][name]
+    n = sum(shard.samples for shard in held.splits[split])
+    dtype = np.dtype(COLUMNS[name])
+    where = join(home, file)
+    _, path, local = filesystem(where)
+    remedy = f"copy the index again, or remove {MANIFEST} and make it again"
+    if not local:
+        return array(_fetched(home, file, sha256, n * dtype.itemsize, compare=compare), where, dtype, n, remedy)
+    mapped = array(path, where, dtype, n, remedy)
+    if compare and (seen := on_disk(where, lambda: _sha256(path))) != sha256:
+        raise BadData(f"{where}: its sha256 is {seen}, not the manifest's {sha256}, so it was changed: {remedy}")
+    return mapped
+
+
+def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: str) -> np.ndarray[Any, Any]:
+    """A .npy file of unknown origin, mapped, if it holds n values of that type. Raises BadData with `remedy`."""
     try:
-        column = np.load(where, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BadData(f"{join(home, name)} is no index: {error}; remove {MANIFEST} and index again") from error
-    dtype = np.dtype(COLUMNS[name.split(".")[1]])
-    if column.shape != (n,) or column.dtype != dtype:
-        held = f"{column.dtype} {column.shape}"
-        raise BadData(f"{join(home, name)} holds {held} instead of {dtype} ({n},): it belongs to other shards")
-    return column
+        with on_disk(where, lambda: open_file(path)) as file:
+            if np.lib.format.read_magic(file) != (1, 0):  # whose header has at most 65,535 bytes
+                raise ValueError("its header is not that of version 1.0")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+        if found.hasobject:
+            raise ValueError("it holds pickled objects")
+    except DiskFault:
+        raise
+    except OSError as error:
+        raise DiskFault(where, f"cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # numpy parses Python there: SyntaxError, TokenError, RecursionError ...
+        raise BadData(f"{where} is no index: {printable(error)[:200]}; {remedy}") from error
+    if shape != (n,) or found != dtype:
+        raise BadData(f"{where} holds {found} {str(shape)[:60]} instead of {dtype} ({n},): it belongs to other shards")
+    if size != start + n * dtype.itemsize:
+        raise BadData(f"{where} has {size:,} bytes, where {n:,} samples take {start + n * dtype.itemsize:,}; {remedy}")
+    return np.memmap(path, dtype, "r", offset=start, shape=(n,))
 
 
-def _fetched(home: str, name: str, sha256: str) -> Path:
+def _sha256(path: str | Path) -> str:
+    digest, part = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open_file(path) as file:
+        while size := file.readinto(part):  # type: ignore[attr-defined]  # a buffered file's
+            digest.update(part[:size])
+    return digest.hexdigest()
+
+
+def _fetched(home: str, name: str, sha256: str, most_bytes: int, *, compare: bool) -> Path:
     """The copy of a remote index file, named by its hash."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lambdanets"
     if not os.access(next(place for place in (cache, *cache.parents) if place.exists()), os.W_OK):
         cache = Path(tempfile.gettempdir()) / f"lambdanets-{os.getuid()}"
-    place = cache / f"{sha256}.npy"
-    if place.is_file():
+    place, where = cache / f"{sha256}.npy", join(home, name)
+    if place.is_file() and (not compare or on_disk(str(place), lambda: _sha256(place)) == sha256):
         return place
-    found, path, _ = filesystem(join(home, name))
-    size = retried(join(home, name), lambda: int(found.info(path)["size"]), local=False)
+    found, path, _ = filesystem(where)
+    size = retried(where, lambda: int(found.info(path)["size"]))
+    if not 0 < size <= most_bytes + _HEADER_BYTES:
+        raise BadData(f"{where} has {size:,} bytes, where the samples of the manifest take {most_bytes:,}")
     digest = hashlib.sha256()
-    cache.mkdir(parents=True, exist_ok=True)
-    with placed(place) as file:
-        for start in range(0, size, _PART_BYTES):
-            part = read(home, name, start, min(start + _PART_BYTES, size))
-            digest.update(part)
-            file.write(part)
-        if digest.hexdigest() != sha256:
-            seen = digest.hexdigest()
-            raise BadData(f"{join(home, name)} has the sha256 {seen}, the manifest {sha256}: copy the index again")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with placed(place) as file:
+            for start in range(0, size, _PART_BYTES):
+                part = read(home, name, start, min(start + _PART_BYTES, size))
+                digest.update(part)
+                file.write(part)
+            if digest.hexdigest() != sha256:
+                seen = digest.hexdigest()
+                raise BadData(f"{where} has the sha256 {seen}, the manifest {sha256}: copy the index again")
+    except OSError as error:
+        raise BadData(f"{where} cannot be kept in {cache}: {error.strerror or error}: free space there") from error
     return place
 
 
@@ -383,12 +524,13 @@ def stream(images: ShardImages, *parts: str | int, resampled: bool) -> Iterator[
 
 def _shard_samples(images: ShardImages, number: int) -> Iterator[Streamed]:
     shard, first = images.shards[number], int(images.first_images[number])
-    where, digest, count = join(images.base, shard.name), hashlib.sha256(), 0
+    where, digest, count = join(images.base, shard.name), Digest(), 0
     with whole(images.base, shard.name, shard.bytes) as file:
         for sample in samples(file, where, digest.update):
             index = first + count
             count += 1
             yield Streamed(index, images.called(index, sample.picture.name), sample.label, sample.content)
-    if (count, digest.hexdigest()) != (shard.samples, shard.sha256):
-        seen = f"{count:,} samples with the sha256 {digest.hexdigest()}"
+    found = digest.shard(shard.name, count)
+    if (count, found.sha256) != (shard.samples, shard.sha256):
+        seen = f"{count:,} samples with the sha256 {found.sha256}"
         raise BadData(f"{where} holds {seen}, the manifest says {shard.samples:,} with {shard.sha256}")

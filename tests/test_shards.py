@@ -1,17 +1,26 @@
 """Tar shards: packed, indexed, read by sample, streamed; what archives and stores of others do to them."""
 
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import pickle
 import random
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -19,10 +28,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from conftest import until
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from lambdanets import archive, cli, data, shards
+from lambdanets import archive, cli, data, files, shards
 from lambdanets import pack as packing
 from lambdanets.batches import Batches, View
 from lambdanets.data import BadData, open_image
@@ -172,7 +182,7 @@ def test_unreadable_files_are_left_out_listed_and_counted(tmp_path):
     (tmp_path / "in/train/a/2.jpg").write_bytes(picture(2)[:300])
     (tmp_path / "in/train/b/4.jpg").write_bytes(b"<html>")
     (tmp_path / "in/val/b/5.jpg").write_bytes(b"")
-    done = pack(tmp_path / "in", tmp_path / "out", shard_bytes=6000)
+    done = pack(tmp_path / "in", tmp_path / "out", shard_bytes=6000, max_bad_frac=0.2)
     assert (done.train_images, done.val_images, done.left_out) == (10, 11, 3)
     assert "3 unreadable files left out, listed in bad_samples.jsonl" in str(done)
     lines = [json.loads(line) for line in (tmp_path / "out/bad_samples.jsonl").read_text().splitlines()]
@@ -217,8 +227,8 @@ def test_r2_a_killed_pack_continues_to_the_same_bytes(photos, packed, tmp_path):
     while True:
         command = [sys.executable, "-c", PACK, str(photos), str(out), str(3 + 2 * kills)]
         code = subprocess.run(command, capture_output=True, text=True)
-        for name, stat in kept.items():
-            assert (out / name).stat().st_ino == stat  # not even replaced by an equal one
+        for name, inode in kept.items():
+            assert (out / name).stat().st_ino == inode  # not even replaced by an equal one
         lines = (out / "packing.jsonl").read_text().splitlines() if (out / "packing.jsonl").exists() else []
         whole = [json.loads(line) for line in lines[1:] if line.endswith("}")]
         kept = {line["shard"][0]: (out / line["shard"][0]).stat().st_ino for line in whole}
@@ -307,6 +317,267 @@ def test_r7_a_full_disk_leaves_no_debris_and_the_finished_shards(photos, packed,
     assert contents(tmp_path / "out") == contents(packed)
 
 
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """Twelve pictures to train on and twelve to validate, of two classes."""
+    for split, of, i in itertools.product(("train", "val"), "ab", range(6)):
+        path = tmp_path / "in" / split / of / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(i + 10 * (of == "b") + 100 * (split == "val")))
+    return tmp_path / "in"
+
+
+def failing(monkeypatch, fault: int, times: float, *names: str) -> list[str]:
+    """Reading these files fails so many times each; gives what was asked for."""
+    real, asked = packing.read_file, []
+
+    def read_file(path, *most):
+        asked.append(str(path))
+        if path.name in names and asked.count(str(path)) <= times:
+            raise OSError(fault, os.strerror(fault), str(path))
+        return real(path, *most)
+
+    monkeypatch.setattr(packing, "read_file", read_file)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+    return asked
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE])
+def test_a_disk_that_fails_for_a_moment_changes_nothing(small, tmp_path, monkeypatch, fault):
+    pack(small, tmp_path / "good", shard_bytes=6000)
+    asked = failing(monkeypatch, fault, 3, "2.jpg", "5.jpg")
+    assert pack(small, tmp_path / "out", shard_bytes=6000).left_out == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
+    assert len(asked) == 24 + 3 * 8  # each file is read once, but for what failed
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE])
+def test_a_disk_that_stays_away_ends_packing_and_nothing_is_written_down(small, tmp_path, monkeypatch, capsys, fault):
+    pack(small, tmp_path / "good", shard_bytes=6000)
+    failing(monkeypatch, fault, math.inf, "4.jpg")
+    asked = ["pack", str(small), str(tmp_path / "out"), "--shard-bytes", "6000"]
+    assert cli.main(asked) == 2
+    said = capsys.readouterr().err
+    assert "4.jpg: cannot be read, though it was tried again: " + os.strerror(fault) in said
+    assert said.count("\n") == 1
+    lines = [json.loads(line) for line in (tmp_path / "out/packing.jsonl").read_text().splitlines()]
+    assert not any(line["bad"] for line in lines[1:])
+    monkeypatch.undo()
+    assert cli.main(asked) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_bad_pictures_than_allowed_end_packing_which_goes_on_once_they_are_repaired(
+    small, tmp_path, split, workers
+):
+    out, how = tmp_path / "out", {"shard_bytes": 3000, "workers": workers}
+    pack(small, tmp_path / "good", shard_bytes=3000)
+    victims = {small / split / of / f"{i}.jpg": b"<html>" for of, i in itertools.product("ab", range(6)) if i != 3}
+    good = {path: path.read_bytes() for path in victims}
+    for path, content in victims.items():
+        path.write_bytes(content)
+    with pytest.raises(BadData, match=rf"at least 10 of the 12 images of {split} cannot be read, 1 allowed") as caught:
+        pack(small, out, **how)
+    listed = str(caught.value).splitlines()[1:]
+    assert sorted(line.split(":")[0].strip() for line in listed) == sorted(
+        path.relative_to(small).as_posix() for path in victims
+    )
+    with pytest.raises(BadData, match=r"9 allowed.*raise --max-bad-frac \(now 0\.8\)"):
+        pack(small, out, **how, max_bad_frac=0.8)  # one less than there are
+    for path, content in good.items():
+        path.write_bytes(content)
+    assert pack(small, out, **how).left_out == 0
+    assert contents(out) == contents(tmp_path / "good")
+
+
+def test_a_raised_bound_goes_on_with_the_same_job(small, tmp_path):
+    for i in range(3):
+        (small / f"val/a/{i}.jpg").write_bytes(b"<html>")
+    with pytest.raises(BadData, match="of val cannot be read"):
+        pack(small, tmp_path / "out", shard_bytes=3000)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("train-*.tar")}
+    done = pack(small, tmp_path / "out", shard_bytes=3000, max_bad_frac=0.25)
+    assert (done.train_images, done.val_images, done.left_out) == (12, 9, 3)
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("train-*.tar")} == before
+
+
+def test_a_picture_that_an_earlier_run_wrote_down_as_bad_is_looked_at_again(small, tmp_path, monkeypatch):
+    """Also where an older version took a fault of the disk for a bad picture."""
+    pack(small, tmp_path / "good", shard_bytes=3000)
+    real = (small / "train/a/2.jpg").read_bytes()
+    (small / "train/a/2.jpg").write_bytes(b"<html>")
+    failing(monkeypatch, errno.EIO, math.inf, "5.jpg")
+    with monkeypatch.context() as only:
+        only.setattr(packing, "open_image", lambda content, name: open_image(content, name=name))
+        real_content = packing._content
+        only.setattr(packing, "_content", lambda path, name: real_content(path, name) if path.parts[-3] == "train" or
+                     name != "val/b/5.jpg" else (_ for _ in ()).throw(data.DiskFault(name, "away")))  # fmt: skip
+        only.setattr(packing, "read_file", files.read_file)
+        with pytest.raises(data.DiskFault):
+            pack(small, tmp_path / "out", shard_bytes=3000)
+    monkeypatch.undo()
+    journal = (tmp_path / "out/packing.jsonl").read_text()
+    assert '"bad": {"train/a/2.jpg"' in journal
+    assert '"split": "val"' in journal
+    (small / "train/a/2.jpg").write_bytes(real)
+    pack(small, tmp_path / "out", shard_bytes=3000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
+
+
+@pytest.mark.parametrize("line", [1, 2])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b'{"split": "train"}',
+     b'{"split": 3, "shard": null, "next": 1, "bad": {}}',
+     b'{"split": "train", "shard": ["../x", 1, 9, "0"], "next": 1, "bad": {}}',
+     b'{"split": "train", "shard": 7, "next": 1, "bad": {}}',
+     b'{"split": "train", "shard": null, "next": 1, "bad": [1]}',
+     b'{"split": "train", "shard": null, "next": "x", "bad": {}}'],
+)  # fmt: skip
+def test_a_damaged_line_of_the_journal_is_said_and_its_shards_are_made_again(
+    photos, packed, tmp_path, capsys, damage, line
+):
+    out = stopped(photos, tmp_path / "out")
+    lines = (out / "packing.jsonl").read_bytes().splitlines()
+    lines[line] = damage
+    (out / "packing.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert pack(photos, out, shard_bytes=25_000).train_images == 60
+    assert contents(out) == contents(packed)
+    assert f"packing.jsonl, line {line + 1} is damaged (" in capsys.readouterr().err
+
+
+def stopped(photos: Path, out: Path) -> Path:
+    """A job that was stopped at its last file but one."""
+    with pytest.MonkeyPatch.context() as only:
+        only.setattr(packing._Job, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(photos, out, shard_bytes=25_000)
+    return out
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"[]", b'{"plan": 3}', b"[" * 100_000, b"{"])
+def test_a_journal_whose_job_is_not_known_is_refused(photos, tmp_path, damage):
+    out = stopped(photos, tmp_path / "out")
+    lines = (out / "packing.jsonl").read_bytes().splitlines()
+    (out / "packing.jsonl").write_bytes(b"\n".join([damage, *lines[1:], b""]))
+    with pytest.raises(BadData, match=r"packing\.jsonl, line 1 is damaged .*: remove .*out and give the same command"):
+        pack(photos, out, shard_bytes=25_000)
+
+
+@pytest.mark.parametrize("name", [".train-00000.tar.npy", ".train-00001.tar.npy"])
+def test_damaged_rows_of_a_finished_shard_are_an_error(photos, tmp_path, name):
+    out = stopped(photos, tmp_path / "out")
+    for content in (b"", b"x", np.lib.format.magic(2, 0) + b"\xff" * 4, (out / name).read_bytes()[:-9]):
+        (out / name).write_bytes(content)
+        with pytest.raises(BadData, match=rf"{name} .*(is no index|has \d+ bytes, where).* begin again"):
+            pack(photos, out, shard_bytes=25_000)
+
+
+def test_a_link_or_a_pipe_in_the_journals_place_is_not_followed(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim").write_text("mine\n")
+    (tmp_path / "out/packing.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(BadData, match="cannot be written"):
+        pack(photos, tmp_path / "out")
+    assert (tmp_path / "victim").read_text() == "mine\n"
+    (tmp_path / "out/packing.jsonl").unlink()
+    os.mkfifo(tmp_path / "out/packing.jsonl")
+    with pytest.raises(BadData, match="cannot be written"):
+        pack(photos, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", [errno.EINVAL, errno.ENOTSUP])
+def test_a_disk_without_locks_that_synchronises_no_folders_is_packed_to(photos, packed, tmp_path, monkeypatch, fault):
+    real = os.fsync
+
+    def fsync(opened):
+        if stat.S_ISDIR(os.fstat(opened).st_mode):
+            raise OSError(fault, "no")
+        real(opened)
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    pack(photos, tmp_path / "out", shard_bytes=25_000)
+    assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_names_too_long_for_the_disk_are_errors_and_the_longest_are_indexed(photos, tmp_path):
+    with pytest.raises(BadData, match="File name too long"):
+        pack(photos, tmp_path / ("x" * 256))
+    place = foreign(tmp_path / "theirs")
+    name = "train-" + "y" * 245 + ".tar"
+    (place / "train-1.tar").rename(place / name)
+    index(place)
+    assert data.folder(place).train.names[4] == f"{name}/0000"
+    assert {path.suffix for path in place.iterdir()} == {".tar", ".npy", ".json"}
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """Pictures that take some time each."""
+    file = io.BytesIO()
+    Image.new("RGB", (2000, 2000), "teal").save(file, "PNG")
+    for split, of, i in itertools.product(("train", "val"), "ab", range(12)):
+        path = tmp_path / "in" / split / of / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.getvalue())
+    return tmp_path / "in"
+
+
+def family(pid: int) -> set[int]:
+    """The processes below that one."""
+    try:
+        below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return set()
+    return {*below, *(one for child in below for one in family(child))}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_a_pack_that_was_ended_and_the_same_command_goes_on(large, tmp_path, sent):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lambdanets", "pack", str(large), str(out), "--workers", "2"]
+    command += ["--shard-bytes", "10000", "--max-side-px", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: (out / "train-00001.tar").exists(), 60)
+    workers = family(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(sent)
+    error = process.communicate(timeout=30)[1]
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert error.strip() == "lambdanets: interrupted: the same command goes on, finished shards are kept"
+    else:
+        assert process.returncode == -sent
+    finished = [json.loads(line)["shard"][0] for line in (out / "packing.jsonl").read_text().splitlines()[1:]]
+    kept = {name: (out / name).stat().st_ino for name in finished}
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    pack(large, tmp_path / "good", max_side_px=64, shard_bytes=10_000)
+    assert contents(out) == contents(tmp_path / "good")
+
+
+def test_a_worker_that_is_killed_ends_packing_with_an_error(large, tmp_path):
+    command = [sys.executable, "-m", "lambdanets", "pack", str(large), str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def reading() -> list[int]:
+        return [pid for pid in family(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    until(lambda: reading() and list((tmp_path / "out").glob("*.part")) + list((tmp_path / "out").glob(".*.part")), 60)
+    os.kill(reading()[0], signal.SIGKILL)
+    assert "a process that reads pictures was killed: give the same command" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+
+
 # ---- damaged
 
 
@@ -375,12 +646,29 @@ def test_r65_a_shard_replaced_by_another_of_its_size_is_noticed(packed, tmp_path
         (lambda held: held.update(format="else"), "its format is 'else'"),
         (lambda held: held["splits"]["train"][0].update(name="../x.tar"), "no plain file name"),
         (lambda held: held["splits"]["train"][0].update(name="/etc/passwd"), "no plain file name"),
-        (lambda held: held["splits"]["train"][0].update(samples=-1), "samples and bytes"),
+        (lambda held: held["splits"]["train"][0].update(samples=-1), "-1 samples and"),
+        (lambda held: held["splits"]["train"][0].update(samples=10**9), "1,000,000,000 samples and"),
+        (lambda held: held["splits"]["train"][0].update(samples=10**30, bytes=10**40), "samples and"),
+        (lambda held: held["splits"]["train"][0].update(name="x::ftp"), "no plain file name"),
+        (lambda held: held["splits"]["train"][0].update(name="x" * 300), "is missing|File name too long"),
+        (
+            lambda held: held["splits"]["train"].append(held["splits"]["train"][0]),
+            "8 shards of train and 7 heads",
+        ),
+        (lambda held: held["splits"]["val"][0].update(name="train-00000.tar"), "a shard twice"),
+        (lambda held: held["splits"]["val"][0].update(sha256="../../x"), "the sha256 '../../x' of"),
+        (lambda held: held["columns"]["val"].update(label="/etc/passwd"), "the sha256 '/etc/passwd' of val.label"),
+        (lambda held: held["columns"]["val"].update(label="A" * 64), "the sha256 'A{64}' of val.label"),
+        (lambda held: held["heads"]["val"].__setitem__(0, "../x"), "the sha256 '../x' of head of val-00000.tar"),
+        (lambda held: held.update(classes=["a", "a", "b"]), "should be different names"),
         (lambda held: held["splits"]["train"][0].update(samples=3), "belongs to other shards"),
         (lambda held: held["splits"].pop("val"), "'val'"),
         (lambda held: held.update(classes=["only"]), r"1 class\(es\)"),
         (lambda held: held.update(base="pipe:echo"), "would run a command"),
-        (lambda held: held.update(base="nonsense://x"), "nonsense"),
+        (
+            lambda held: held.update(base="nonsense://x"),
+            "names another place, nonsense://x.*--allow-source nonsense://x",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_right_is_refused(packed, tmp_path, edit, words):
@@ -401,10 +689,363 @@ def test_a_wrong_index_and_a_pickled_one_are_refused(packed, tmp_path):
     with pytest.raises(BadData, match=r"int64 \(60,\) instead of int32 \(60,\)"):
         data.folder(place)
     np.save(place / "train.label.npy", np.full(60, 3, "<i4"))
+    with pytest.raises(BadData, match=r"train\.label\.npy: its sha256 is"):
+        data.folder(place)
+    held = json.loads((place / "manifest.json").read_text())
+    held["columns"]["train"]["label"] = hashlib.sha256((place / "train.label.npy").read_bytes()).hexdigest()
+    (place / "manifest.json").write_text(json.dumps(held))
     with pytest.raises(BadData, match="has the label 3: labels run from 0 to 2"):  # R64
         Batches(data.folder(place).train, VIEW, batch_images=4, training=True)
-    with pytest.raises(BadData, match=r"train\.label\.npy: its sha256"):
-        index(place)
+    with pytest.raises(BadData, match=r"train-00000\.tar: \(start, bytes, label\) of .* the index says \(0, \d+, 3\)"):
+        index(place)  # what the archives themselves say
+
+
+@pytest.mark.parametrize("column", ["train.label", "val.label", "train.start", "val.bytes"])
+def test_an_index_that_was_changed_is_found_at_opening(packed, tmp_path, column):
+    place = copied(packed, tmp_path / "changed")
+    path = place / f"{column}.npy"
+    good = np.load(path)
+    for edited in (good[::-1], good ^ np.eye(1, len(good), 5, dtype=good.dtype)[0]):  # reversed; a flipped bit
+        np.save(path, np.ascontiguousarray(edited))
+        for where in (place, f"stream:{place}"):
+            with pytest.raises(BadData, match=rf"{column}\.npy: its sha256 is \w+, not the manifest's \w+, so it was"):
+                data.folder(where)
+        with pytest.raises(BadData, match=rf"1 files of .*\n.*{column}\.npy: its sha256"):
+            index(place)
+    np.save(path, good)
+    assert len(data.folder(place).train) == 60
+
+
+@pytest.fixture
+def alike(tmp_path) -> Path:
+    """Shards of others, of one size and with members of one size at the same places."""
+    place = tmp_path / "alike"
+    place.mkdir()
+    for number, name in enumerate(("train-0.tar", "train-1.tar", "val-0.tar")):
+        members = [(f"{i}.{end}", body) for i in range(4) for end, body in
+                   (("bmp", picture(10 * number + i, "BMP")), ("cls", str((number + i) % 2).encode()))]  # fmt: skip
+        archived(place / name, members)
+    index(place)
+    return place
+
+
+def swapped(place: Path) -> None:
+    one, two = place / "train-0.tar", place / "train-1.tar"
+    content = one.read_bytes(), two.read_bytes()
+    assert len(content[0]) == len(content[1])
+    one.write_bytes(content[1])
+    two.write_bytes(content[0])
+
+
+def test_two_shards_of_one_size_that_were_swapped_are_found_at_opening(alike):
+    swapped(alike)
+    with pytest.raises(
+        BadData, match=r"2 of 3 shards .*train-0\.tar is not the archive that was indexed.*train-1\.tar"
+    ):
+        data.folder(alike)
+    with pytest.raises(BadData, match=r"train-0\.tar: found .*\n.*train-1\.tar: found"):
+        index(alike)
+    found = data.folder(f"stream:{alike}")
+    with pytest.raises(BadData, match=r"train-[01]\.tar holds 4 samples with the sha256"):
+        list(Batches(found.train, VIEW, batch_images=4, training=True).epoch(0))
+
+
+def test_manifests_without_heads_of_shards_stay_readable_and_index_finds_a_swap(alike, packed, tmp_path):
+    for place in (alike, copied(packed, tmp_path / "copied")):
+        held = json.loads((place / "manifest.json").read_text())
+        assert set(held["splits"]["train"][0]) == {"name", "samples", "bytes", "sha256"}  # as older versions read them
+        del held["heads"]
+        fingerprint = data.folder(place).train.fingerprint()
+        (place / "manifest.json").write_text(json.dumps(held))
+        assert data.folder(place).train.fingerprint() == fingerprint  # a run that began with it resumes
+        assert data.folder(place).train.load(3).size == (24, 16)
+        assert index(place).shards == sum(len(of) for of in held["splits"].values())
+    swapped(alike)
+    with pytest.raises(BadData, match=r"train-0\.tar: found .*\n.*train-1\.tar: found"):
+        index(alike)
+
+
+def test_an_archive_whose_labels_are_not_those_of_the_index_is_found_by_comparing_all(alike):
+    """Manifest and index agree with each other: what the archives say is compared as well."""
+    held = json.loads((alike / "manifest.json").read_text())
+    labels = np.load(alike / "train.label.npy")
+    np.save(alike / "train.label.npy", 1 - labels)
+    held["columns"]["train"]["label"] = hashlib.sha256((alike / "train.label.npy").read_bytes()).hexdigest()
+    (alike / "manifest.json").write_text(json.dumps(held))
+    data.folder(alike)
+    with pytest.raises(BadData, match=r"train-0\.tar: \(start, bytes, label\) of '0' are \(0, \d+, 0\), .* 1\)"):
+        index(alike)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("bytes", 2**32 - 1), ("start", 2**64 - 1), ("start", 2**63), ("bytes", 0)]
+)
+def test_an_index_that_points_out_of_the_shard_reads_nothing(alike, column, value):
+    path = alike / f"train.{column}.npy"
+    rows = np.load(path)
+    rows[2] = value
+    np.save(path, rows)
+    held = json.loads((alike / "manifest.json").read_text())
+    held["columns"]["train"][column] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (alike / "manifest.json").write_text(json.dumps(held))
+    found = data.folder(alike)
+    with pytest.raises(BadData, match=r"train-0\.tar.* compare all: lambdanets index|train-0.tar, byte .*damaged"):
+        found.train.load(2)
+    assert found.train.names[2] == "train-0.tar/sample 2"
+
+
+# ---- of strangers
+
+
+HOSTILE = [None, True, -1, 1.5, 10**30, "x", "", "\ud800", "../x", [], [1], [[]], {}, {"train": 1}, {"a": []}]
+
+
+def everywhere(held, path=()):
+    """The path of every value in some JSON."""
+    yield path
+    for key in held if isinstance(held, dict) else range(len(held)) if isinstance(held, list) else ():
+        yield from everywhere(held[key], (*path, key))
+
+
+def test_a_manifest_with_any_field_of_another_type_is_refused_or_read(alike):
+    good = json.loads((alike / "manifest.json").read_text())
+    refused = 0
+    for path, value in itertools.product(everywhere(good), HOSTILE):
+        held = json.loads(json.dumps(good))
+        if not path:
+            held = value
+        else:
+            *above, last = path
+            functools.reduce(lambda at, key: at[key], above, held)[last] = value
+        (alike / "manifest.json").write_text(json.dumps(held))
+        try:
+            data.folder(alike)
+        except BadData as error:
+            refused += 1
+            assert "\n" not in str(error)
+        unmarked = value == "" and path[:1] == ("heads",)  # a shard that an older version packed
+        if path and path[0] not in ("plan", "left_out", "classes", "paths", "base") and not unmarked:
+            with pytest.raises(BadData):
+                index(alike)
+    assert refused > 400
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no manifest of shards"),
+        (b"\xff\xfe{}", "no manifest of shards: 'utf-8' codec"),
+        (b"[" * 1_000_000, "nested too deeply"),
+        (b'{"plan": ' * 100_000, "nested too deeply"),
+        (b'{"format": NaN}', "NaN is no JSON"),
+        (b"[]", "no object but a list"),
+        (b"{\"format\": \"\x1b[31m\"}", "no manifest of shards: "),
+    ],
+    ids=["empty", "bytes", "lists", "objects", "nan", "list", "escape"],
+)  # fmt: skip
+def test_a_manifest_that_is_no_json_of_ours_is_refused_in_one_line(alike, content, words):
+    (alike / "manifest.json").write_bytes(content)
+    for call in (data.folder, index, lambda place: pack(alike, place)):
+        with pytest.raises(BadData) as caught:
+            call(alike)
+        assert "\n" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+    with pytest.raises(BadData, match=words):
+        shards.manifest(str(alike))
+
+
+def test_a_pipe_or_a_file_without_end_is_not_waited_for(alike, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+    (alike / "manifest.json").unlink()
+    os.mkfifo(alike / "manifest.json")
+    for call in (shards.open_shards, index, lambda place: data.folder(f"stream:{place}")):
+        with pytest.raises(BadData, match=r"manifest\.json: cannot be read: it is no file but a folder, a pipe"):
+            call(alike)
+    (alike / "manifest.json").unlink()
+    with open(alike / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(BadData, match=r"manifest\.json has 1,099,511,627,776 bytes, at most 67,108,864 allowed"):
+        data.folder(alike)
+    (alike / "manifest.json").unlink()
+    (alike / "train-1.tar").unlink()
+    os.mkfifo(alike / "train-1.tar")
+    with pytest.raises(BadData, match=r"train-1\.tar: cannot be read: it is no file but a folder, a pipe"):
+        index(alike, out=tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("place", "named", "by", "allowed"),
+    [
+        ("s3://bucket/set", ["s3://bucket/set"], "s3://bucket/set/manifest.json", True),
+        ("s3://bucket/set/", ["s3://bucket/set"], "s3://bucket/set/manifest.json", True),
+        ("s3://bucket/set/a/b", ["s3://bucket/set/"], "x", True),
+        ("stream:s3://bucket/set/a", ["stream:s3://bucket/set"], "run.json", True),
+        ("s3://bucket/set", ["/home/me/index", "s3://bucket"], "/home/me/index/manifest.json", True),
+        ("/data/set", [], "/home/me/index/manifest.json", True),
+        ("file:///data/set", [], "/home/me/index/manifest.json", True),
+        ("stream:/data/set", [], "run.json", True),
+        ("scikit-learn digits", [], "run.json", True),
+        ("/data/set", ["s3://bucket/set"], "s3://bucket/set/manifest.json", False),
+        ("/data/set", ["s3://bucket/set", "/data"], "s3://bucket/set/manifest.json", True),
+        ("ftp://stranger/set", ["/home/me/index"], "/home/me/index/manifest.json", False),
+        ("ftp://stranger/set", [], "run.json", False),
+        ("s3://bucket/settle", ["s3://bucket/set"], "x", False),
+        ("s3://bucket/set/../other", ["s3://bucket/set"], "x", False),
+        ("s3://bucket/set/%2e%2E/other", ["s3://bucket/set"], "x", False),
+        ("s3://bucket/set/..\\other", ["s3://bucket/set"], "x", False),
+        ("s3://bucket/set/x::ftp://stranger", ["s3://bucket/set"], "x", False),
+        ("https://host@stranger/a", ["https://host"], "x", False),
+        ("https://host.stranger/a", ["https://host"], "x", False),
+        ("simplecache::ftp://stranger/a", ["simplecache"], "run.json", False),
+        ("file::ftp://stranger/a", [], "run.json", False),
+        ("data:text/plain,x", [], "run.json", False),
+        ("s3://bucket", ["s3://bucket/set"], "x", False),
+    ],
+)
+def test_a_file_sends_the_program_only_where_the_user_said(place, named, by, allowed):
+    if allowed:
+        archive.check_source(place, named, by)
+    else:
+        with pytest.raises(BadData, match=r"names another place, .*: nothing was read from there; .*--allow-source"):
+            archive.check_source(place, named, by)
+
+
+@pytest.mark.parametrize(
+    "base", ["ftp://stranger/set", "unreliable://bucket/other", "simplecache::unreliable://bucket/set"]
+)
+def test_a_place_that_nobody_allowed_is_not_asked_for_anything(alike, store, monkeypatch, base):
+    held = json.loads((alike / "manifest.json").read_text())
+    (alike / "manifest.json").write_text(json.dumps({**held, "base": base}))
+    asked = []
+    real = fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: asked.append(url) or real(url))
+    for call in (data.folder, index, lambda place: data.folder(f"stream:{place}")):
+        with pytest.raises(BadData, match=rf"manifest\.json names another place, {base}: "):
+            call(alike)
+    assert not [url for url in asked if not url.startswith(str(alike))]
+
+
+def test_shards_on_this_machine_may_lie_elsewhere_but_not_by_the_word_of_a_store(alike, store, tmp_path):
+    for name in (
+        "manifest.json",
+        *(f"{split}.{column}.npy" for split in ("train", "val") for column in shards.COLUMNS),
+    ):
+        (alike / name).unlink()
+    index(alike, out=tmp_path / "index")
+    assert data.folder(tmp_path / "index").train.load(0).size == (24, 16)
+    for path in (tmp_path / "index").iterdir():
+        store.pipe_file(f"/bucket/index/{path.name}", path.read_bytes())
+    with pytest.raises(BadData, match=f"names another place, {alike}"):
+        data.folder("unreliable://bucket/index")
+    found = shards.open_shards("unreliable://bucket/index", allow_sources=[str(tmp_path)])
+    assert found.train.load(0).size == (24, 16)
+
+
+def test_the_commands_take_places_to_allow(alike, store, capsys):
+    assert cli.main(["index", str(alike)]) == 0
+    held = json.loads((alike / "manifest.json").read_text())
+    (alike / "manifest.json").write_text(json.dumps({**held, "base": "unreliable://bucket/alike"}))
+    for path in alike.glob("*.tar"):
+        store.pipe_file(f"/bucket/alike/{path.name}", path.read_bytes())
+    capsys.readouterr()
+    assert cli.main(["index", str(alike)]) == 2
+    assert "--allow-source unreliable://bucket/alike" in capsys.readouterr().err
+    both = ["--allow-source", "ftp://else", "--allow-source", "unreliable://bucket/alike"]
+    assert cli.main(["index", str(alike), *both]) == 0
+
+
+def test_a_hash_in_a_manifest_removes_no_file(store, tmp_path):
+    victim = tmp_path / "cache/lambdanets/../../victim.npy"
+    (tmp_path / "cache/lambdanets").mkdir(parents=True)
+    victim.write_bytes(b"mine")
+    name = "/bucket/set/manifest.json"
+    held = json.loads(store.store[name].getvalue())
+    held["columns"]["train"]["label"] = "../../victim"
+    store.pipe_file(name, json.dumps(held).encode())
+    with pytest.raises(BadData, match=r"the sha256 '\.\./\.\./victim' of train\.label is none"):
+        data.folder("unreliable://bucket/set")
+    assert victim.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [np.lib.format.magic(2, 0) + b"\xf0\xff\xff\xff", np.lib.format.magic(1, 0) + b"\xff\xff" + b"(" * 65535,
+     np.lib.format.magic(1, 0) + b"\x00\x27" + b"[" * 0x2700, b"PK\x03\x04", b"\x93NUMPY", b"",
+     np.lib.format.magic(3, 0) + b"\xf0\xff\xff\xff"],
+    ids=["four GB of header", "long", "deep", "zip", "cut", "empty", "version 3"],
+)  # fmt: skip
+def test_a_hostile_index_file_is_refused_by_its_first_bytes(alike, content):
+    with open(alike / "train.label.npy", "wb") as file:
+        file.write(content)
+        file.truncate(5 << 30)  # sparse
+    tracemalloc.start()
+    with pytest.raises(BadData, match=r"train\.label\.npy is no index: "):
+        data.folder(alike)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    np.save(alike / "train.label.npy", np.zeros(8, "<i4"))
+    with open(alike / "train.label.npy", "ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BadData, match=r"has 1,099,511,627,776 bytes, where 8 samples take 160"):
+        data.folder(alike)
+
+
+def test_a_label_that_no_count_bears_out_is_refused_at_once(alike, tmp_path):
+    archived(alike / "train-1.tar", {"0.jpg": picture(0), "0.cls": b"50000000"})
+    (alike / "manifest.json").unlink()
+    tracemalloc.start()
+    with pytest.raises(BadData, match=r"'0' has the label 50000000: labels run from 0 to 999999 .* --classes FILE"):
+        index(alike)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    archived(alike / "train-1.tar", {"0.jpg": picture(0), "0.cls": b"21840"})
+    index(alike)
+    assert len(data.folder(alike).train.classes) == 21841
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+@pytest.mark.parametrize("size", [-512, -(1 << 62), 1 << 62])
+def test_a_header_with_a_size_that_cannot_be_reads_nothing_more(alike, kind, size):
+    info = tarfile.TarInfo("x.jpg")
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
+    block[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    (alike / "manifest.json").unlink()
+    with open(alike / "train-1.tar", "wb") as file:
+        file.write(block)
+        file.truncate(8 << 30)  # sparse
+    with pytest.raises(BadData, match=r"train-1\.tar, byte 0: .*has [-\d,]+ bytes|extended header of [-\d,]+ bytes"):
+        index(alike)
+
+
+def test_headers_of_any_content_are_read_or_refused(tmp_path):
+    """Extended headers with bytes changed at random, and chains of them."""
+    dice = random.Random(0)
+    keys = [
+        "size",
+        "mtime",
+        "path",
+        "uid",
+        *(f"GNU.sparse.{key}" for key in ("map", "major", "minor", "realsize", "name")),
+    ]
+    values = ["1", "-1", "9" * 5000, "nan", "x", "0,1,2", "1\n2"]
+    for trial in range(400):
+        parts = []
+        for _ in range(600 if trial % 100 == 0 else dice.choice([1, 2])):
+            info = tarfile.TarInfo("x" * dice.choice([5, 150]) + ".jpg")
+            info.pax_headers = {key: dice.choice(values) for key in dice.sample(keys, 2)}
+            block = info.tobuf(dice.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+            parts.append(block[: dice.choice([None, -512])] or block)
+        content = bytearray(b"".join(parts))
+        for _ in range(dice.choice([0, 0, 3])):
+            content[dice.randrange(len(content))] = dice.randrange(256)
+        file = io.BytesIO(bytes(content) + bytes(2048))
+        with contextlib.suppress(BadData):
+            list(archive.samples(file, "shard", lambda _: None))
+        file.seek(0)
+        with contextlib.suppress(BadData):
+            archive.header(file.read, "shard", 0)
 
 
 # ---- archives of others
@@ -661,10 +1302,50 @@ def test_a_remote_index_is_copied_once_and_checked(store, tmp_path):
     bad[-1] ^= 1
     store.pipe_file(column, bytes(bad))
     data.folder("unreliable://bucket/set")  # the copy is there
+    store.pipe_file(column, good)
+    for copy in (tmp_path / "cache" / "lambdanets").iterdir():
+        copy.write_bytes(b"damaged" + copy.read_bytes()[7:])
+    reads = Unreliable.reads
+    assert sampled(data.folder("unreliable://bucket/set").val)  # fetched again
+    assert Unreliable.reads >= reads + 6
+    store.pipe_file(column, bytes(bad))
     for copy in (tmp_path / "cache" / "lambdanets").iterdir():
         copy.unlink()
     with pytest.raises(BadData, match=r"train\.start\.npy has the sha256"):
         data.folder("unreliable://bucket/set")
+
+
+def test_a_remote_index_that_is_too_large_or_a_cache_that_is_full_is_an_error(store, monkeypatch):
+    column = next(name for name in store.store if name.endswith("train.start.npy"))
+    good = store.store[column].getvalue()
+    store.pipe_file(column, good + bytes(1 << 20))
+    with pytest.raises(BadData, match=r"train\.start\.npy has 1,049,184 bytes, where the samples .* take 480"):
+        data.folder("unreliable://bucket/set")
+    store.pipe_file(column, good)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards, "placed", full)
+    with pytest.raises(BadData, match=r"train\.start\.npy cannot be kept in .*: No space left"):
+        data.folder("unreliable://bucket/set")
+
+
+def test_heads_of_many_shards_on_a_store_are_read_side_by_side(store, packed, monkeypatch):
+    monkeypatch.setattr(Unreliable, "dice", type("Best", (), {"random": lambda: time.sleep(0.05) or 1.0}))
+    held = shards.manifest(str(packed))
+    one = held.splits["train"][0]
+    many = [one._replace(name=f"train-{i:05d}.tar") for i in range(128)]
+    for shard in many:
+        store.pipe_file(f"/bucket/many/{shard.name}", (packed / one.name).read_bytes())
+    started = time.monotonic()
+    held = dataclasses.replace(held, splits={"train": many, "val": []})
+    assert not shards.differing("unreliable://bucket/many", held, heads=True)
+    assert time.monotonic() - started < 1.6  # 128 answers of 0.05 s, 32 at a time; one after another 6.4 s
+    broken = bytearray((packed / one.name).read_bytes())
+    broken[600] ^= 1
+    store.pipe_file("/bucket/many/train-00077.tar", bytes(broken))
+    assert set(shards.differing("unreliable://bucket/many", held, heads=True)) == {"train-00077.tar"}
 
 
 def test_shards_on_a_store_are_indexed_from_here(store, tmp_path):
@@ -673,9 +1354,18 @@ def test_shards_on_a_store_are_indexed_from_here(store, tmp_path):
     with pytest.raises(BadData, match="--out FOLDER"):
         index("unreliable://bucket/set")
     assert index("unreliable://bucket/set", out=tmp_path / "index").train_images == 60
-    found = data.folder(tmp_path / "index")
+    with pytest.raises(
+        BadData, match=r"index/manifest\.json names another place, unreliable://bucket/set: .*--allow-s"
+    ):
+        shards.open_shards(tmp_path / "index")
+    with pytest.raises(BadData, match="--allow-source unreliable://bucket/set"):
+        index(tmp_path / "index")
+    found = shards.open_shards(tmp_path / "index", allow_sources=["unreliable://bucket"])
     assert found.train.load(59).size == (24, 16)
     assert "train-00000.tar/train/" in found.train.names[0]
+    assert pickle.loads(pickle.dumps(found.train)).load(59).size == (24, 16)  # in a worker, which is not asked again
+    done = index(tmp_path / "index", allow_sources=["unreliable://bucket/set"])
+    assert str(done).endswith(f"; train with --data {tmp_path}/index --allow-source unreliable://bucket/set")
 
 
 def test_a_store_without_parts_of_files_says_how_to_stream(store, packed, monkeypatch):
