@@ -251,6 +251,9 @@ class _Run:
                 scores = self._epoch()
             if scores is None:  # the last epoch was over when this run was killed
                 scores = self._evaluate()
+                with self.ranks.together():
+                    if self.ranks.first:
+                        self._write_weights()  # maybe that was what failed
             with self.ranks.together():
                 if self.store is not None:
                     self.store.wait()
