@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,10 +27,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from lambdanets.errors import some
 from lambdanets.state import flatten, unflatten
+from lambdanets.steps import BadRun
 from lambdanets.untouched import BATCH_NORM
 
 _WORDS = "why a rank left"
+_FOR_EVER = timedelta(days=365)
 
 
 class LostProcess(RuntimeError):
@@ -46,12 +50,22 @@ class Ranks:
 
     An exception that leaves the block is told to the other ranks, which raise LostProcess with its text: where they
     next wait for this one, or by `words`, which a watchdog asks for.
+    watched  a watchdog decides how long a rank waits for another; else torch does, after half an hour
+    Raises BadRun where the variables cannot be those of a run, or the ranks do not find each other.
     """
 
-    def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+    agreed: BaseException | None = None
+    """The error that all ranks raised last, at the same place: what they do next they may do together."""
+
+    def __init__(self, *, watched: bool = False) -> None:
+        self.ranks = _number("WORLD_SIZE", 1, least=1)
+        if self.ranks > 1 and "RANK" not in os.environ:
+            raise BadRun(f"WORLD_SIZE is {self.ranks} and RANK is not set: start the processes with torchrun")
+        self.rank = _number("RANK", 0)
+        self.local_rank = _number("LOCAL_RANK", self.rank)
+        if self.rank >= self.ranks:
+            raise BadRun(f"RANK is {self.rank} and WORLD_SIZE {self.ranks}: ranks run from 0 to WORLD_SIZE - 1")
+        self._timeout = _FOR_EVER if watched else None
         self._store: dist.Store | None = None
         self._asking: dist.Store | None = None  # its own connection: the watchdog's thread waits for nobody
 
@@ -60,16 +74,33 @@ class Ranks:
         """One rank, whatever the variables say."""
         ranks = cls.__new__(cls)
         ranks.rank, ranks.ranks, ranks.local_rank, ranks._store, ranks._asking = 0, 1, 0, None, None
+        ranks._timeout = None
         return ranks
 
     def __enter__(self) -> Ranks:
         if self.ranks == 1:
             return self
-        store, rank, ranks = next(iter(dist.rendezvous("env://", self.rank, self.ranks)))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
-        store = dist.PrefixStore(f"attempt {attempt}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks)
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            found, rank, ranks = next(iter(dist.rendezvous("env://", self.rank, self.ranks)))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
+            store = dist.PrefixStore(f"attempt {attempt}", found)
+            if store.add(f"processes of rank {rank}", 1) > 1:
+                raise BadRun(f"two processes have RANK={rank}: each needs its own, as torchrun gives them")
+            store.wait([f"processes of rank {other}" for other in range(ranks)])  # 5 minutes
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, timeout=self._timeout
+            )
+        except BadRun:
+            raise
+        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+            why = str(error).splitlines()[0]
+            remedy = "is another run there, do two processes have one RANK, are all started?"
+            if "EADDRINUSE" in str(error):
+                remedy = "the port is in use by another run or by a second process with RANK=0: give another one"
+            me = f"rank {self.rank} of {self.ranks}"
+            raise BadRun(f"{me} cannot meet the others at {place} ({why}): {remedy}") from error
         self._store = store
         self._asking = store.clone()
         self._asking.set_timeout(timedelta(seconds=5))
@@ -85,6 +116,7 @@ class Ranks:
             words = self.words()
             if words is None and not isinstance(error, LostProcess) and not _lost_contact(error):
                 self.tell(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        self._asking = None  # the watch asks no more: from here on others are expected to be gone
         if error is None or not torch.cuda.is_available():  # NCCL would wait for the others to finish
             # The group's destructor joins gloo's thread while it holds the interpreter's lock (torch 2.11), and that
             # thread may still need the lock to drop the last collective's Python objects: let it, or both wait forever.
@@ -170,12 +202,34 @@ class Ranks:
             yield
         except Exception as error:
             own = error
+        self.fail_together(own)
+
+    def fail_together(self, own: Exception | None) -> None:
+        """Where one rank has an error, all raise: that one its own, the others LostProcess. All ranks call it."""
         told = self.all(None if own is None else f"{type(own).__name__}: {own}")
-        if own is not None:
-            raise own
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise LostProcess(f"rank {rank} failed: {text}")
+        failed = next((f"rank {rank} failed: {text}" for rank, text in enumerate(told) if text is not None), None)
+        if failed is not None:
+            self.agreed = LostProcess(failed) if own is None else own
+            raise self.agreed
+
+    def differences(self, what: dict[str, Any]) -> str:
+        """What is not equal on all ranks, in words: "seed is 1 on rank 0 and 2 on rank 1"; "" where all is.
+
+        what  name -> anything that JSON holds, the same names on every rank
+        """
+        told = self.all(what)
+        found = []
+        for name in what:
+            holders: dict[str, list[int]] = {}
+            for rank, theirs in enumerate(told):
+                holders.setdefault(json.dumps(theirs.get(name), sort_keys=True), []).append(rank)
+            if len(holders) > 1:
+                each = [
+                    f"{json.loads(value)} on rank{'s' * (len(ranks) > 1)} {some(ranks)}"
+                    for value, ranks in holders.items()
+                ]
+                found.append(f"{name} is {some(each, between=' and ')}")
+        return "; ".join(found)
 
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model whose backward pass averages the gradients over the ranks (DDP)."""
@@ -214,6 +268,39 @@ class Ranks:
         flat /= self.ranks
         for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(mean.view_as(t))
+
+
+def _number(name: str, otherwise: int, *, least: int = 0) -> int:
+    """A number that a launcher left in the environment. Raises BadRun where it is none."""
+    text = os.environ.get(name)
+    if text is None:
+        return otherwise
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise BadRun(f"{name} is {text!r} and should be a whole number from {least}, as torchrun sets it: unset it")
+    return int(text)
+
+
+def lost_reader(error: BaseException) -> LostProcess | None:
+    """What a RuntimeError of torch's loader means, if it is about a process that reads images; else None."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or isinstance(error, LostProcess):
+        return None
+    if "Bus error" in text or "shared memory" in text or "unable to mmap" in text or "</torch_" in text:
+        size = ""
+        with contextlib.suppress(OSError):
+            size = f", {shutil.disk_usage('/dev/shm').total >> 20:,} MiB"
+        lost = LostProcess(
+            f"shared memory (shm: /dev/shm{size}) is too small for the images that --workers read ahead: give it more, "
+            f"as with `docker run --shm-size 8g`, or take fewer --workers; a run goes on with --resume ({text[:200]})"
+        )
+    elif "DataLoader worker" in text:
+        lost = LostProcess(
+            f"a process that reads images is gone ({text}): go on with --resume, maybe with less --workers"
+        )
+    else:
+        return None
+    lost.__cause__ = error
+    return lost
 
 
 def _lost_contact(error: BaseException) -> bool:

@@ -206,6 +206,14 @@ class Learner:
         found: dict[str, Any] = optim.whole(state, keep=self.ranks.first)
         return found
 
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change with any weight or statistic of the model."""
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave. Raises BadRun where it does not fit this model."""
         try:

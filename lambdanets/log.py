@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lambdanets.checkpoint import need
-from lambdanets.files import to_stderr, write_atomically
+from lambdanets.checkpoint import BadRun, need
+from lambdanets.files import open_to_append, to_stderr, write_atomically
 
 LOG = "log.jsonl"
 
@@ -18,23 +19,33 @@ class Log:
     """RUN/log.jsonl, one JSON object a line, and the same numbers for TensorBoard in RUN/tensorboard.
 
     first_step   lines of this step and later ones, which a run wrote before it was killed, are removed: they come again
-    tensorboard  write events too. Raises BadRun where the package is not installed
+    tensorboard  write events too
     say          where it goes that lines cannot be written (a full disk): they wait in memory, training does not
+    Raises BadRun where the file cannot be opened, is a link, or the package for events is not installed.
     """
 
     def __init__(
         self, folder: Path, *, first_step: int, tensorboard: bool = False, say: Callable[[str], None] = to_stderr
     ) -> None:
         self._path, self._say, self._waiting = folder / LOG, say, b""
-        if self._path.exists():
-            write_atomically(self._path, b"".join(_before(self._path, first_step)))
         self._board: Any = None
         if tensorboard:
             need("tensorboard", "tensorboard", "--tensorboard asks for it")
             from torch.utils.tensorboard import SummaryWriter
 
+            if (folder / "tensorboard").is_symlink():
+                raise BadRun(f"{folder / 'tensorboard'} is a link, and its target would be written: remove it")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
+        try:
+            with open_to_append(self._path) as file:
+                file.seek(0)
+                held = file.read().splitlines(keepends=True)
+            kept = _before(held, first_step)
+            if kept != held:
+                write_atomically(self._path, b"".join(kept))
+            self._file = open_to_append(self._path)  # closed by `close`
+        except OSError as error:
+            raise BadRun(f"{self._path} cannot be written ({error.strerror or error}): mend that") from error
 
     def write(self, step: int, **values: Any) -> None:
         """One line: {"step": ..., ...}. Numbers that are not finite become text, since JSON has none."""
@@ -64,14 +75,11 @@ class Log:
             self._board.close()
 
 
-def _before(path: Path, step: int) -> list[bytes]:
+def _before(lines: list[bytes], step: int) -> list[bytes]:
     """The lines of earlier steps; one that a kill cut short is dropped."""
     kept = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] < step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            if line.endswith(b"\n") and json.loads(line)["step"] < step:
+                kept.append(line)
     return kept

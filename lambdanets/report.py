@@ -127,7 +127,7 @@ class Progress:
     def __init__(self, epochs: int, train_images: int) -> None:
         self.epochs = epochs
         form = "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {elapsed} gone, {remaining} left"
-        on_terminal = sys.stderr.isatty()
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed before the program began
         self.bar = tqdm(total=epochs * train_images, unit=" images", bar_format=form, disable=not on_terminal)
         self.held_out = ""
 

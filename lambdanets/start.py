@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, need, versions
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
-from lambdanets.files import write_json
+from lambdanets.errors import printable
+from lambdanets.files import to_stderr, write_json
 from lambdanets.learner import create, train_mode
 from lambdanets.recipes import BadRecipe, Options, Recipe
+from lambdanets.steps import LEFT_AT_THE_START
+from lambdanets.watchdog import Watchdog
 
 _DIGITS = "scikit-learn digits"
 
@@ -68,11 +72,13 @@ def look(
     init_from: str | Path | None,
     options: Options,
     ranks: Ranks,
+    watch: Watchdog,
 ) -> Start:
     """Everything that `train` needs, or its errors; arguments as there. Only reads."""
+    _refuse_differences(recipe, data, seed, resume, init_from, options, ranks)
     folder: Path | None = None
     old: dict[str, Any] | None = None
-    with ranks.together():
+    with ranks.together(), watch.working():
         if ranks.first:
             folder, old = _place(out, recipe, seed, resume, init_from)
         _check_extras(digits=data is None, tensorboard=options.tensorboard)
@@ -80,8 +86,9 @@ def look(
         train_images, val_images, how, ignored = _read_data(data)
         _check_model(recipe, len(train_images.classes), min(len(train_images), recipe.batch_images), ranks, options)
         prints = {"train": train_images.fingerprint(), "val": val_images.fingerprint()}
-    asked = json.loads(json.dumps([dataclasses.asdict(recipe), seed]))  # as another rank's arrives
-    told = ranks.all([str(folder), old, prints, asked])
+        content = {"train": train_images.stamp(), "val": val_images.stamp()} if ranks.first else {}
+    watch.beat()
+    told = ranks.all([str(folder), old, prints])
     folder, old = Path(told[0][0]), told[0][1]
     with ranks.together():
         if old is not None and old["data"].get("fingerprint") != prints:
@@ -89,12 +96,10 @@ def look(
             raise BadRun(
                 f"--resume: {data or 'the digits'} are other images, names or labels than {source} was at the start"
             )
-        if asked != told[0][3]:
-            raise BadRun(
-                f"rank {ranks.rank} was asked for another recipe or seed than rank 0: give every process the same"
-            )
         if prints != told[0][2]:
             raise BadRun(f"rank {ranks.rank} found other images in {data} than rank 0: every machine needs the same")
+        if old is not None and ranks.first:
+            _say_what_was_replaced(old["data"].get("content"), content, str(data))
         view = View(
             recipe.image_px, recipe.in_channels, recipe.mean, recipe.std, recipe.crop_frac, recipe.interpolation
         )
@@ -113,9 +118,10 @@ def look(
         held_out = functools.partial(mine, val_images, batch_images=recipe.eval_batch_images, training=False)
         if old is None:
             for _ in held_out().epoch(0):  # evaluation may skip none: what cannot be read is found now, not later
-                pass
+                watch.beat()
     record: dict[str, Any] = {
         "status": "running",
+        "id": secrets.token_hex(8) if old is None else old.get("id"),  # checkpoints name it; None: older ones do not
         "recipe": dataclasses.asdict(recipe),
         "view": dataclasses.asdict(view),
         "classes": list(train_images.classes),
@@ -126,6 +132,7 @@ def look(
             "train_images": len(train_images),
             "val_images": len(val_images),
             "fingerprint": prints,
+            "content": content,
         },
         "seed": seed,
         "init_from": None,
@@ -138,18 +145,61 @@ def look(
     return Start(recipe, options, folder, old, where, batches, held_out(), record)
 
 
+def _refuse_differences(
+    recipe: Recipe,
+    data: str | Path | None,
+    seed: int,
+    resume: bool,
+    init_from: str | Path | None,
+    options: Options,
+    ranks: Ranks,
+) -> None:
+    """All ranks must be asked for the same: all raise BadRun where they are not, with what differs. The device, the
+    readers and the places of folders are a rank's own."""
+    asked = {**dataclasses.asdict(recipe), "seed": seed, "resume": resume, **dataclasses.asdict(options)}
+    asked["init_from given"], asked["data given"] = init_from is not None, data is not None
+    if differing := ranks.differences(asked):
+        raise BadRun(f"the processes were asked for different runs: {differing}. Give every process the same")
+
+
+def _say_what_was_replaced(then: Any, now: dict[str, Any], place: str) -> None:
+    """One line where pictures of a resumed run have other sizes or times than at its start; older runs did not note."""
+    if not isinstance(then, dict):
+        return
+    changed = {
+        what
+        for part, stamp in now.items()
+        for what in (stamp or {})
+        if isinstance(then.get(part), dict) and then[part].get(what) not in (None, stamp[what])
+    }
+    if "sizes" in changed:
+        to_stderr(
+            f"{place}: some files have other sizes than at the start of this run: pictures were replaced under the "
+            "same names, and the run goes on with other pictures than it began with"
+        )
+    elif changed:
+        to_stderr(
+            f"{place}: some files have other times than at the start of this run, of the same sizes: it is a copy, or "
+            "pictures were replaced under the same names"
+        )
+
+
 def _place(
     out: str | Path | None, recipe: Recipe, seed: int, resume: bool, init_from: str | Path | None
 ) -> tuple[Path, dict[str, Any] | None]:
     """The run's folder, and its run.json where it is to be resumed. Raises BadRun where that was another run."""
-    if not resume:
-        return choose_folder(out, recipe.name), None
-    if out is None:
+    if resume and out is None:
         raise BadRun("--resume needs --out RUN, the folder of the run to go on with")
-    folder = Path(out)
-    if not (folder / RUN_JSON).is_file():
-        held = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        return (folder if held == {".lock"} else choose_folder(out, recipe.name)), None
+    try:
+        if not resume or out is None:
+            return choose_folder(out, recipe.name), None
+        folder = Path(out)
+        if not (folder / RUN_JSON).is_file():
+            held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+            begun = held and all(re.fullmatch(LEFT_AT_THE_START, name) for name in held)
+            return (folder if begun else choose_folder(out, recipe.name)), None
+    except OSError as error:
+        raise BadRun(f"--out {printable(out)} cannot be used ({error.strerror}): name another folder") from error
     old = read_record(folder)
     differing = recipe.differences(Recipe.from_json(old["recipe"]))
     if old["seed"] != seed:

@@ -2,34 +2,35 @@
 
     tensors.safetensors  the tensors of the state
     state.json           the rest of it, with the tensors' names in their places
-    manifest.json        size and sha256 of both, and its own
+    manifest.json        size and sha256 of both, and its own; the step, the run that it is of, what it is kept for
 
 No pickle on either way. A step folder is written beside its place, synchronised and renamed, and nothing is removed
-before its successor is in place: there is a complete checkpoint at every moment, whatever is killed or fails.
+before its successor is in place: there is a complete checkpoint at every moment, whatever is killed or fails. A link
+in the place of anything that is written here is never followed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lambdanets.files import sync_folder, to_stderr
+from lambdanets.files import field, json_object, lock, open_to_append, read_file, sync_folder, to_stderr
 from lambdanets.state import DTYPES, flatten, unflatten
 
 TENSORS = "tensors.safetensors"
@@ -38,10 +39,17 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _STEP = r"step-(0|[1-9][0-9]*)"
 _TRIES = 3  # saves that may fail in a row
+_LEFT_BY_A_KILL = r"\.step-(\w+)\.(part|old|gone)"
+LEFT_AT_THE_START = rf"\.lock|{_LEFT_BY_A_KILL}|\.run\.json\.\w+\.part"
+"""What a run that was killed in its very first writes may leave in its folder, and nothing else."""
 
 
 class BadRun(ValueError):
     """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
+
+
+class _NotForThis(BadRun):
+    """A checkpoint that is whole, and not this run's or this version's to use: it is neither used nor passed over."""
 
 
 class NonFiniteState(ArithmeticError):
@@ -54,10 +62,12 @@ class Checkpoint:
 
     step  optimiser steps done
     path  RUN/step-N
+    run   the `id` in the run.json of the run that it is of; None: it was written before runs had one
     """
 
     step: int
     path: Path
+    run: str | None = None
 
     def load(self) -> Any:
         """The state that was saved, tensors on the CPU. Raises BadRun, naming the file, where it cannot be read."""
@@ -78,10 +88,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint of a step folder, compared with its manifest. Raises BadRun where it is damaged."""
     step = int(Path(os.path.abspath(path)).name.removeprefix("step-"))
     try:
-        _verify(Path(path), step)
+        return _verify(Path(path), step)
+    except _NotForThis:
+        raise
     except (OSError, BadRun) as error:
         raise BadRun(f"{path} is damaged ({error}): name another step") from error
-    return Checkpoint(step, Path(path))
 
 
 def newest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = None) -> Checkpoint | None:
@@ -89,7 +100,8 @@ def newest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
 
     Those that do not are passed over, each with a line to `say` (default: stderr). It takes no lock and changes
     nothing: `Checkpoints.newest` is for the process that goes on with the run. Raises BadRun where there are
-    checkpoints and none is good: a run that silently started again would be taken for the resumed one.
+    checkpoints and none is good: a run that silently started again would be taken for the resumed one; and where one
+    was written by a newer lambdanets, which is not damage.
     """
     return _newest(Path(folder), say or to_stderr, lambda bad: None)
 
@@ -100,14 +112,16 @@ def _newest(folder: Path, say: Callable[[str], None], passed_over: Callable[[Pat
     for step in reversed(steps):
         path = folder / f"step-{step}"
         try:
-            _verify(path, step)
+            found = _verify(path, step)
+        except _NotForThis:
+            raise
         except (OSError, BadRun) as error:
             reasons.append((step, str(error)))
             continue
         for bad, reason in reasons:
             say(f"{folder / f'step-{bad}'} is damaged ({reason}): it is passed over, step {step} is used")
             passed_over(folder / f"step-{bad}")
-        return Checkpoint(step, path)
+        return found
     if not steps:
         return None
     listed = "".join(f"\n  step-{step}: {reason}" for step, reason in reasons[:10])
@@ -128,6 +142,7 @@ class Checkpoints:
 
     folder     of the run; it is made where it is missing, and locked until `close`: a second job is refused, the lock
                of a process that died is free. Of several ranks only one makes this object
+    run        the run's own name for itself, written into each checkpoint; one that has another is never used
     keep_last  checkpoints kept besides the newest `best` one and all milestones
     say        where a line goes that a person must see (a save that failed, a damaged checkpoint); default: stderr
 
@@ -136,10 +151,18 @@ class Checkpoints:
     or another process holds it.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 3, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        run: str | None = None,
+        keep_last: int = 3,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}: 1 or more")
-        self.folder, self.keep_last, self.say = Path(folder), keep_last, say or to_stderr
+        self.folder, self.run, self.keep_last, self.say = Path(folder), run, keep_last, say or to_stderr
+        self._marks = -1, False, False  # step, best, milestone of the last save, also of one that failed
         self._writer: Thread | None = None
         self._failed: OSError | None = None  # why the last save is not on the disk
         self._failed_saves = 0  # in a row
@@ -147,7 +170,7 @@ class Checkpoints:
         probe = self.folder / ".step-probe.part"
         try:
             os.makedirs(self.folder, exist_ok=True)
-            self._lock = _lock(self.folder, self.say)
+            self._lock = _locked(self.folder)
         except OSError as error:
             raise BadRun(f"{self.folder} cannot be written ({error}): name another folder") from error
         try:
@@ -177,11 +200,14 @@ class Checkpoints:
         _unlock(self._lock)
 
     def newest(self) -> Checkpoint | None:
-        """As `newest_checkpoint`; a damaged checkpoint is renamed to step-N.bad, so that it counts no more."""
+        """As `newest_checkpoint`; a damaged checkpoint is renamed to step-N.bad, so that it counts no more.
+
+        Raises BadRun, too, where any checkpoint in the folder is whole and another run's.
+        """
 
         def put_aside(bad: Path) -> None:
             number = 0
-            while (aside := bad.with_name(f"{bad.name}.bad{number or ''}")).exists():
+            while os.path.lexists(aside := bad.with_name(f"{bad.name}.bad{number or ''}")):
                 number += 1
             try:
                 os.rename(bad, aside)
@@ -189,12 +215,23 @@ class Checkpoints:
                 self.say(f"{bad} cannot be renamed ({error}): remove it, it is damaged")
 
         self._join()
+        for step in _steps(self.folder):
+            try:
+                other = _manifest(self.folder / f"step-{step}").get("run")
+            except (OSError, BadRun):  # `_newest` says what is wrong with it
+                continue
+            if other != self.run:
+                named = [f"{name}" if name is not None else "none: older ones have no id" for name in (other, self.run)]
+                raise BadRun(
+                    f"{self.folder / f'step-{step}'} is a checkpoint of another run (its id: {named[0]}; this run's: "
+                    f"{named[1]}): move it out of {self.folder}, then go on with --resume"
+                )
         return _newest(self.folder, self.say, put_aside)
 
     def save(self, step: int, state: Mapping[str, Any], *, best: bool = False, milestone: bool = False) -> None:
         """Copy the state to CPU memory, and let a thread write it as RUN/step-`step`; `wait` waits for it.
 
-        step       optimiser steps done. A checkpoint of that step is replaced
+        step       optimiser steps done. A checkpoint of that step is replaced, and what it was kept for stays
         state      anything that `flatten` takes
         best       kept until there is another best one
         milestone  kept for ever
@@ -211,7 +248,9 @@ class Checkpoints:
         tensors, tree = flatten(state)
         for name, value in tensors.items():
             tensors[name] = value.to("cpu", copy=True)  # keeps the memory format
-        job = (step, tensors, tree, {"best": best, "milestone": milestone})
+        before = self._marks if self._marks[0] == step else (step, False, False)
+        self._marks = (step, best or before[1], milestone or before[2])
+        job = (step, tensors, tree, {"best": self._marks[1], "milestone": self._marks[2]})
         self._writer = Thread(target=self._write, args=job, name=f"checkpoint of step {step}")
         self._writer.start()
 
@@ -265,7 +304,11 @@ class Checkpoints:
                 TENSORS: _write_file(part, TENSORS, _safetensors(tensors)),
                 STATE: _write_file(part, STATE, [json.dumps(tree, indent=1, allow_nan=False).encode()]),
             }
-            _write_file(part, MANIFEST, [_manifest_bytes({"format": _FORMAT, "step": step, **flags, "files": files})])
+            with contextlib.suppress(OSError, BadRun):  # the same step again: its marks only grow
+                before = _manifest(place)
+                flags = {name: mark or bool(before.get(name)) for name, mark in flags.items()}
+            head = {"format": _FORMAT, "step": step, "run": self.run, **flags}
+            _write_file(part, MANIFEST, [_manifest_bytes({**head, "files": files})])
             sync_folder(part)
             _put_in_place(part, place)
             sync_folder(self.folder)
@@ -299,11 +342,11 @@ class Checkpoints:
         for step in steps:
             try:
                 manifest = _manifest(self.folder / f"step-{step}")
-            except BadRun:  # damaged: goes with its age
+            except (OSError, BadRun):  # damaged: goes with its age
                 continue
-            if manifest["milestone"]:
+            if manifest.get("milestone"):
                 keep.add(step)
-            if manifest["best"]:
+            if manifest.get("best"):
                 best = step
         for step in steps:
             if step not in keep and step != best:
@@ -315,11 +358,11 @@ class Checkpoints:
     def _tidy(self) -> None:
         """What a killed save left: a finished checkpoint that was set aside is put back, the rest is removed."""
         for name in sorted(os.listdir(self.folder)):
-            found = re.fullmatch(r"\.step-(\w+)\.(part|old|gone)", name)
+            found = re.fullmatch(_LEFT_BY_A_KILL, name)
             if found is None:
                 continue
             place = self.folder / f"step-{found[1]}"
-            if found[2] == "old" and not place.exists():
+            if found[2] == "old" and not os.path.lexists(place):
                 os.rename(self.folder / name, place)
             else:
                 _remove(self.folder / name)
@@ -361,39 +404,64 @@ def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest of a step folder. Raises BadRun where it is not, byte for byte, what a save writes."""
     try:
-        content = (path / MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(content)
-        manifest.pop("sha256")
+        content = read_file(path / MANIFEST)
+        manifest = json_object(content)
+        del manifest["sha256"]
         intact = _manifest_bytes(manifest) == content
     except FileNotFoundError:
         raise BadRun(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise BadRun(f"{MANIFEST} cannot be read: {error!r}") from error
     if not intact:
         raise BadRun(f"{MANIFEST} is not as it was written: its sha256 differs")
-    if manifest["format"] != _FORMAT:
-        raise BadRun(f"{MANIFEST} has format {manifest['format']}, this version reads {_FORMAT}")
+    version = manifest.get("format")
+    if isinstance(version, int) and version > _FORMAT:
+        raise _NotForThis(
+            f"{path} was written by a newer lambdanets: its format is {version}, this one reads {_FORMAT}; "
+            "pip install --upgrade lambdanets"
+        )
+    if version != _FORMAT:
+        raise BadRun(f"{MANIFEST} has format {version}, this version reads {_FORMAT}")
     return manifest
 
 
-def _verify(path: Path, step: int) -> None:
+def _verify(path: Path, step: int) -> Checkpoint:
     """Compare every file with the manifest. Raises BadRun with what differs, OSError where one cannot be read."""
     manifest = _manifest(path)
-    if manifest["step"] != step:
-        raise BadRun(f"{MANIFEST} is of step {manifest['step']}")
-    for name, wanted in manifest["files"].items():
+    try:
+        if field(manifest, "step", int) != step:
+            raise BadRun(f"{MANIFEST} is of step {manifest['step']}")
+        files = field(manifest, "files", dict)
+        wanted = {name: (field(of, "bytes", int), field(of, "sha256", str)) for name, of in files.items()}
+    except BadRun:
+        raise
+    except ValueError as error:
+        raise BadRun(f"{MANIFEST} is not what a save writes: {error}") from error
+    for name, (size_bytes, sha256) in wanted.items():
         if os.path.basename(name) != name:
             raise BadRun(f"{MANIFEST} names the file {name!r}, outside the folder")
         try:
-            with open(path / name, "rb") as file:
+            with _opened(path / name) as file:
                 found_bytes = os.fstat(file.fileno()).st_size
-                if found_bytes != wanted["bytes"]:
-                    raise BadRun(f"{name} has {found_bytes:,} bytes, its manifest says {wanted['bytes']:,}")
+                if found_bytes != size_bytes:
+                    raise BadRun(f"{name} has {found_bytes:,} bytes, its manifest says {size_bytes:,}")
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             raise BadRun(f"{name} is missing") from None
-        if digest != wanted["sha256"]:
+        if digest != sha256:
             raise BadRun(f"{name} is not as it was written: its sha256 differs")
+    if missing := {TENSORS, STATE} - wanted.keys():
+        raise BadRun(f"{MANIFEST} does not name {min(missing)}")
+    return Checkpoint(step, path, manifest.get("run"))
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """A file to read; a pipe is not waited for."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BadRun(f"{path.name} is no file")
+    return file
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
@@ -441,43 +509,44 @@ def _write_file(folder: Path, name: str, content: Iterable[bytes | memoryview]) 
 
 def _remove(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if os.path.islink(folder):  # a stranger's: the link goes, what it leads to stays
+            os.unlink(folder)
+        else:
+            shutil.rmtree(folder)
 
 
-def _lock(folder: Path, say: Callable[[str], None]) -> int:
+def _locked(folder: Path) -> IO[bytes]:
     """An open, locked RUN/.lock; the system frees it when the process ends, however it ends. Raises BadRun, OSError."""
-    path = folder / ".lock"
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    file = open_to_append(folder / ".lock")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
     except BlockingIOError:
-        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-        os.close(lock)
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip() or "another process"
+        file.close()
         raise BadRun(f"{folder} is in use by {holder}: wait until it ends, or name another folder") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            os.close(lock)
-            raise
-        say(f"{folder} is on a file system without locks: a second job in it would not be noticed")
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
-    _held.add(lock)
-    return lock
+    except BaseException:
+        file.close()
+        raise
+    _held.add(file)
+    return file
 
 
-def _unlock(lock: int) -> None:
-    if lock in _held:
-        _held.discard(lock)
-        os.close(lock)
+def _unlock(file: IO[bytes]) -> None:
+    if file in _held:
+        _held.discard(file)
+        file.close()
 
 
-_held: set[int] = set()
+_held: set[IO[bytes]] = set()
 
 
 def _forget_in_child() -> None:
     # A forked loader worker outlives a killed parent by seconds; holding the lock, it would keep the restart out.
-    for lock in list(_held):
-        _unlock(lock)
+    for file in list(_held):
+        _unlock(file)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -3,8 +3,9 @@
 1. What can be wrong is looked for first (start.py): folder, extras, device, images, model. Then something is written.
 2. Every rank comes to the same decisions, from numbers summed over all of them; an error on one is an error on all.
    Rank 0 alone writes. What a rank must draw, it draws from (seed, step, rank); its images are a part of (seed, epoch).
-3. Before a step the run may end or be saved: the state is that of a whole number of steps. A signal, SIGTERM or Ctrl-C,
-   is answered there, with a checkpoint. A resumed run computes what the killed one would have, to the bit.
+3. Before a step the run may end or be saved: the state is that of a whole number of steps. A signal (SIGTERM, Ctrl-C,
+   SIGHUP) is answered there, with a checkpoint; an error that comes there, on all ranks at once, leaves one too. A
+   resumed run computes what the killed one would have, to the bit.
 4. A step: images -> loss -> gradients. If either is not finite on any rank, all stop there, before the weights change;
    or they leave the step out, where that was asked for.
 5. An epoch: the running average is evaluated on the held-out images, its weights are written, then run.json.
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import torch
 from lambdanets import optim
 from lambdanets.batches import Batch
 from lambdanets.checkpoint import CURVES, RUN_JSON, WEIGHTS, save_weights, versions
-from lambdanets.distributed import LostProcess, Ranks
+from lambdanets.distributed import Ranks, lost_reader
 from lambdanets.evaluate import EvaluationStopped, Scores, evaluate
 from lambdanets.files import to_stderr, write_atomically, write_json
 from lambdanets.learner import Gradients, Learner, train_mode
@@ -105,64 +106,101 @@ def train(
     (model or its image size), BadData and BadImage (images). Later: NonFiniteLoss; Terminated and KeyboardInterrupt,
     after a checkpoint; LostProcess (another rank failed, or a process that reads images was killed); BadRun where three
     checkpoints in a row, or the last epoch's results, could not be written; BadData where too many training images are
-    bad. A note on the error says which weights the folder holds.
+    bad; DiskFault where one cannot be read. The steps that were done before such an error are saved, where it came
+    between two of them. Notes on the error say that, and which weights the folder holds.
     """
-    with Ranks() as ranks:
-        start = look(
-            recipe, data, out=out, seed=seed, device=device, workers=workers, resume=resume, init_from=init_from,
-            options=options or Options(), ranks=ranks,
-        )  # fmt: skip
-        if start.old is not None and start.old["status"] == "finished":
-            if ranks.first:
-                print(f"{start.folder} is finished: there is nothing to go on with")
-            return _result_of(start.folder, start.old)
-        where, state, store = start.device, None, None
-        with (
-            torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),  # the caller's randomness stays
-            contextlib.ExitStack() as opened,
-        ):
-            with ranks.together():
-                if ranks.first and start.old is not None:
-                    store = opened.enter_context(Checkpoints(start.folder, keep_last=start.options.keep_checkpoints))
-                    if (found := store.newest()) is not None:
-                        state = found.load()
-            state = ranks.from_first(state)
-            with ranks.together():
-                torch.manual_seed(seed % 2**63)
-                learner = Learner(
-                    recipe,
-                    len(start.record["classes"]),
-                    batch_images=min(recipe.batch_images, len(start.batches.images)),
-                    seed=seed,
-                    device=where,
-                    ranks=ranks,
-                    init_from=init_from if state is None else None,
-                    channels_last=start.options.channels_last,
-                    recompute=start.options.recompute,
-                )
-                if state is not None:
-                    learner.load_state(state["learner"])
-                if ranks.first:  # the first thing that is written
-                    if store is None:
-                        store = opened.enter_context(
-                            Checkpoints(start.folder, keep_last=start.options.keep_checkpoints)
-                        )
-                    start.begin(learner.began_from)
-            with ranks.together():  # stacks and bad images are listed on the machine of the rank
-                start.folder.mkdir(parents=True, exist_ok=True)
-            learner.parallelise(compile_model=start.options.compile_model, fsdp=start.options.fsdp)
-            run = _Run(start, ranks, learner, store)
-            run.go_on_from(state, asked=resume)
-            del state
+    options = options or Options()
+    ranks = Ranks(watched=True)
+    with (
+        Watchdog(hang_timeout_s=options.hang_timeout_s, words=ranks.words, tell=ranks.tell) as watch,
+        ranks,
+        contextlib.ExitStack() as opened,
+    ):
+        try:
+            with watch.interruptible():
+                watch.beat()
+                start = look(
+                    recipe, data, out=out, seed=seed, device=device, workers=workers, resume=resume,
+                    init_from=init_from, options=options, ranks=ranks, watch=watch,
+                )  # fmt: skip
+                if start.old is not None and start.old["status"] == "finished":
+                    if ranks.first:
+                        print(f"{start.folder} is finished: there is nothing to go on with")
+                    return _result_of(start.folder, start.old)
+                cuda = [start.device] if start.device.type == "cuda" else []
+                opened.enter_context(torch.random.fork_rng(devices=cuda))  # the caller's randomness stays
+                run = _begun(start, ranks, watch, opened, resume=resume, init_from=init_from)
             return run.to_the_end()
+        except Interrupted:
+            raise watch.stopped("stopped before a step was done: give the same command, with --resume") from None
+        except RuntimeError as error:
+            if (lost := lost_reader(error)) is None:
+                raise
+            raise lost from error
+
+
+def _begun(
+    start: Start,
+    ranks: Ranks,
+    watch: Watchdog,
+    opened: contextlib.ExitStack,
+    *,
+    resume: bool,
+    init_from: str | Path | None,
+) -> _Run:
+    """The run before its next step: the newest checkpoint is read, the model is there, run.json is written."""
+    recipe, seed, state, store = start.recipe, start.record["seed"], None, None
+    stores = {"run": start.record["id"], "keep_last": start.options.keep_checkpoints}
+    with ranks.together():
+        if ranks.first and start.old is not None:
+            store = opened.enter_context(Checkpoints(start.folder, **stores))
+            if (found := store.newest()) is not None:
+                state = found.load()
+    watch.beat()
+    state = ranks.from_first(state)
+    with ranks.together(), watch.working():
+        torch.manual_seed(seed % 2**63)
+        learner = Learner(
+            recipe,
+            len(start.record["classes"]),
+            batch_images=min(recipe.batch_images, len(start.batches.images)),
+            seed=seed,
+            device=start.device,
+            ranks=ranks,
+            init_from=init_from if state is None else None,
+            channels_last=start.options.channels_last,
+            recompute=start.options.recompute,
+        )
+        if state is not None:
+            learner.load_state(state["learner"])
+        weights = learner.fingerprint() if ranks.ranks > 1 else ""
+    if differing := ranks.differences({"the sha256 of the first weights": weights}):
+        raise BadRun(f"the processes begin with different weights: {differing}. Is --init-from the same file for all?")
+    with ranks.together():
+        if ranks.first:  # the first thing that is written
+            if store is None:
+                store = opened.enter_context(Checkpoints(start.folder, **stores))
+            start.begin(learner.began_from)
+    with ranks.together():  # stacks and bad images are listed on the machine of the rank
+        start.folder.mkdir(parents=True, exist_ok=True)
+    watch.write_to(start.folder / f"stacks-rank{ranks.rank}.txt")
+    watch.beat()
+    learner.parallelise(compile_model=start.options.compile_model, fsdp=start.options.fsdp)
+    run = _Run(start, ranks, watch, learner, store)
+    with ranks.together():
+        run.go_on_from(state, asked=resume)
+    watch.beat()
+    return run
 
 
 class _Run:
     """The loop. `record` becomes run.json; it is written after every epoch and at every way out."""
 
-    def __init__(self, start: Start, ranks: Ranks, learner: Learner, store: Checkpoints | None) -> None:
+    def __init__(
+        self, start: Start, ranks: Ranks, watch: Watchdog, learner: Learner, store: Checkpoints | None
+    ) -> None:
         recipe, batches = start.recipe, start.batches
-        self.recipe, self.options, self.ranks, self.learner = recipe, start.options, ranks, learner
+        self.recipe, self.options, self.ranks, self.watch, self.learner = recipe, start.options, ranks, watch, learner
         self.batches, self.val_batches = batches, start.val_batches
         self.record, self.folder, self.store = start.record, start.folder, store
         self.at = _Position()
@@ -170,12 +208,18 @@ class _Run:
         self.warmup_steps = round(recipe.warmup_epochs * len(batches))
         self.batch_images = min(recipe.batch_images, len(batches.images))
         self.unwritten = 0  # epochs since the one whose weights are on the disk
+        self.whole = True  # the state is that of a whole number of steps
+        self.bad = 0  # of the images in `batches.bad`, those that came before the last whole step
 
     def go_on_from(self, state: dict[str, Any] | None, *, asked: bool) -> None:
         """Take the position of a checkpoint, or the first step, and say which."""
         if state is not None:
-            self.at = _Position(**state["position"])
-            self.batches.bad.update(state["bad"])
+            try:
+                self.at = _Position(**state["position"])
+                self.batches.bad.update(state["bad"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadRun(f"the checkpoint of {self.folder} is not one of this version: {error!r}") from error
+        self.bad = len(self.batches.bad)
         at, recipe = self.at, self.recipe
         self.record["history"] = at.history
         if self.ranks.first:
@@ -193,34 +237,37 @@ class _Run:
         """Every step and epoch that is left, then the result."""
         at = self.at
         self.began_s = time.monotonic() - at.total_s
-        self.saved_s, self.saved_step = time.monotonic(), at.step
+        self.saved_s, self.saved_step, self.first_step = time.monotonic(), at.step, at.step
         self.progress: Progress | None = None  # rank 0's, as the log
         self.log: Log | None = None
         scores: Scores | None = None
-        stacks = self.folder / f"stacks-rank{self.ranks.rank}.txt"
         try:
-            with Watchdog(
-                stacks, hang_timeout_s=self.options.hang_timeout_s, words=self.ranks.words, tell=self.ranks.tell
-            ) as self.watch:
+            with self.ranks.together():
+                if self.ranks.first:
+                    self.log = Log(self.folder, first_step=at.step, tensorboard=self.options.tensorboard)
+                    self.progress = Progress(self.recipe.epochs, len(self.batches) * self.batch_images)
+                    self._write_record()
+            while at.epoch < self.recipe.epochs:
+                scores = self._epoch()
+            if scores is None:  # the last epoch was over when this run was killed
+                scores = self._evaluate()
                 with self.ranks.together():
                     if self.ranks.first:
-                        self.log = Log(self.folder, first_step=at.step, tensorboard=self.options.tensorboard)
-                        self.progress = Progress(self.recipe.epochs, len(self.batches) * self.batch_images)
-                        self._write_record()
-                while at.epoch < self.recipe.epochs:
-                    scores = self._epoch()
-                if scores is None:  # the last epoch was over when this run was killed
-                    scores = self._evaluate()
-                with self.ranks.together():
-                    if self.store is not None:
-                        self.store.wait()
-        except BaseException as error:
-            error = self._named(error)
+                        self._write_weights()  # maybe that was what failed
+            with self.ranks.together():
+                if self.store is not None:
+                    self.store.wait()
+            return self._finish(scores)
+        except BaseException as given:
+            error = lost_reader(given) or given
             stopped_by_hand = isinstance(error, (KeyboardInterrupt, Terminated))
             self.record["status"] = "interrupted" if stopped_by_hand else "stopped"
             self.record["error"] = repr(error)
             epoch = min(at.epoch + 1, self.recipe.epochs)
             error.add_note(f"{self.record['status']} in epoch {epoch} of {self.recipe.epochs}: {self._kept()}")
+            all_here = self.ranks.ranks == 1 or given is self.ranks.agreed
+            if isinstance(error, Exception) and not isinstance(error, Terminated) and self.whole and all_here:
+                error.add_note(self._saved_at_the_end())
             with contextlib.suppress(OSError):  # a full disk must not hide the first error
                 self._write_record()
             raise error from error.__cause__
@@ -228,7 +275,6 @@ class _Run:
             for shown in (self.progress, self.log):
                 if shown is not None:
                     shown.close()
-        return self._finish(scores)
 
     def _epoch(self) -> Scores:
         at = self.at
@@ -237,7 +283,9 @@ class _Run:
         while at.batch < len(self.batches):
             started = time.monotonic()
             batch, wait_s = self._next_batch(stream)
+            self.whole = False
             self._step(batch, wait_s)
+            self.whole, self.bad = True, len(self.batches.bad)
             at.train_s += time.monotonic() - started
             self.watch.beat()
         scores = self._evaluate()
@@ -263,13 +311,18 @@ class _Run:
                 assert self.log is not None
                 self.progress.epoch(row)
                 self.log.write(at.step - 1, val_loss=scores.loss, val_top1_frac=scores.top1_frac, epoch=at.epoch)
-        best = self.options.keep_best and row["val_top1_frac"] > max(
-            (r["val_top1_frac"] for r in at.history[:-1]), default=-1
-        )
-        milestone = self.options.milestone_epochs > 0 and at.epoch % self.options.milestone_epochs == 0
-        if best or milestone:
-            self._save(best=best, milestone=milestone)
+        if any(self._marks()):
+            self._save()
         return scores
+
+    def _marks(self) -> tuple[bool, bool]:
+        """Whether a checkpoint of this moment is of the best epoch so far, and a milestone."""
+        at, options = self.at, self.options
+        if at.batch or not at.history:  # in an epoch, or before its evaluation
+            return False, False
+        tops = [row["val_top1_frac"] for row in at.history]
+        best = options.keep_best and tops[-1] > max(tops[:-1], default=-1)
+        return best, options.milestone_epochs > 0 and at.epoch % options.milestone_epochs == 0
 
     def _next_batch(self, stream: Iterator[Batch]) -> tuple[Batch, float]:
         """The next batch and the seconds waited for it; what is due between two steps is done here, on all ranks."""
@@ -283,17 +336,14 @@ class _Run:
         except Interrupted:
             pass
         except Exception as error:
-            failed = self._named(error)
+            failed = lost_reader(error) or error
         wait_s = time.monotonic() - started
         due = self.ranks.first and self._save_is_due()
         stops, failures, saves = self.ranks.sum(self.watch.signal is not None, failed is not None, due)
         if stops:
             self._stop()
         if failures:
-            told = self.ranks.all(None if failed is None else f"{type(failed).__name__}: {failed}")
-            if failed is None:
-                failed = LostProcess(next(f"rank {rank} failed: {text}" for rank, text in enumerate(told) if text))
-            raise failed
+            self.ranks.fail_together(failed)
         if saves:
             self._save()
         assert batch is not None
@@ -340,18 +390,21 @@ class _Run:
             "gradient_norm": str(found.norm),
             "images": suspects,
         }
-        at.left_out, at.left_out_in_a_row = at.left_out + 1, at.left_out_in_a_row + 1
         if self.log is not None:
             self.log.write(at.step, non_finite=what)
-        if at.left_out_in_a_row <= self.options.skip_non_finite:
+        if at.left_out_in_a_row < self.options.skip_non_finite:
+            at.left_out, at.left_out_in_a_row = at.left_out + 1, at.left_out_in_a_row + 1
             return
+        self.learner.leave_out()
+        self.whole = True
         self.record["non_finite"] = what
         more = f" and {len(suspects) - 10} more (all: {self.folder / RUN_JSON})" if len(suspects) > 10 else ""
-        raise NonFiniteLoss(
+        self.ranks.agreed = NonFiniteLoss(
             f"step {at.step}: the loss is {loss}, the gradient's norm {found.norm}. "
             f"The images were {', '.join(suspects[:10])}{more}. "
             "Look at them, try a lower --lr-per-256, or leave such steps out: --skip-non-finite"
         )
+        raise self.ranks.agreed
 
     def _evaluate(self) -> Scores:
         def go_on() -> bool:
@@ -377,9 +430,11 @@ class _Run:
         by_time = self.options.save_minutes and minutes >= self.options.save_minutes
         return steps > 0 and bool(by_step or by_time)
 
-    def _save(self, *, best: bool = False, milestone: bool = False, wait: bool = False) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         """Save the state of `at.step` steps; the thread of the store writes it, unless it is waited for."""
-        bad = {name: reason for theirs in self.ranks.all(self.batches.bad) for name, reason in theirs.items()}
+        own = dict(itertools.islice(self.batches.bad.items(), self.bad))
+        bad = {name: reason for theirs in self.ranks.all(own) for name, reason in theirs.items()}
+        best, milestone = self._marks()
         self.at.total_s = time.monotonic() - self.began_s
         learnt = self.learner.state()
         with self.ranks.together():
@@ -389,26 +444,26 @@ class _Run:
                 if wait:
                     self.store.wait()
         self.saved_s, self.saved_step = time.monotonic(), self.at.step
+        self.watch.beat()
 
     def _stop(self) -> None:
         self._save(wait=True)
         text = f"stopped after step {self.at.step} of {self.total_steps}, which is saved: go on with --resume"
-        raise KeyboardInterrupt(text) if self.watch.signal == signal.SIGINT else Terminated(text)
+        raise self.watch.stopped(text)
+
+    def _saved_at_the_end(self) -> str:
+        """Save what is whole before an error ends the run, on all ranks at once; gives a sentence on it."""
+        if self.at.step == self.first_step:
+            return "no step was done since the start"
+        try:
+            self._save(wait=True)
+        except Exception as error:  # the first error is the one to raise
+            return f"the state after step {self.at.step} of {self.total_steps} could not be saved: {error}"
+        return f"the state after step {self.at.step} of {self.total_steps} is saved: go on with --resume"
 
     def _rate(self, step: int) -> float:
         peak = self.recipe.peak_lr
         return optim.learning_rate(step, peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
-
-    def _named(self, error: BaseException) -> BaseException:
-        """The loader's RuntimeError, which comes by a signal and so out of any line, by its right name."""
-        if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-            return error
-        why = " ".join(str(error).split())
-        lost = LostProcess(
-            f"a process that reads images is gone ({why}): go on with --resume, maybe with less --workers"
-        )
-        lost.__cause__ = error
-        return lost
 
     def _write_weights(self) -> None:
         """The weights as evaluated, and the record. After the last epoch they must be there; before, a full disk costs
@@ -453,16 +508,22 @@ class _Run:
             "left_out_steps": self.at.left_out,
             "confusion": scores.confusion,
         }
+        stopped = False
         with self.ranks.together():
             if self.ranks.first:
                 title = f"{self.recipe.model}, {self.recipe.image_px} px, seed {self.record['seed']}: {scores}"
                 try:
-                    write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
-                    write_report(self.folder, self.record, scores, self.val_batches.images)
+                    with self.watch.working(), self.watch.interruptible():
+                        write_atomically(self.folder / CURVES, curves_png(history, scores.confusion, classes, title))
+                        write_report(self.folder, self.record, scores, self.val_batches.images)
                     self._write_record()  # last: once it says "finished", a resumed run does nothing any more
+                except Interrupted:
+                    stopped = True
                 except OSError as error:
                     why = self._not_written("all epochs are done, but", error)
                     raise BadRun(f"{why}; mend that, then go on with --resume") from error
+        if any(self.ranks.sum(stopped)):
+            self._stop()
         return Result(self.folder, scores, history, seconds)
 
 

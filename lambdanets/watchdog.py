@@ -1,9 +1,10 @@
-"""What watches a run while its main thread works: signals that end it, hangs, and ranks that left.
+"""What watches a command while its main thread works: signals that end it, hangs, and ranks that left.
 
-1. SIGTERM or Ctrl-C: the run is asked to stop; it saves between two steps and leaves. A second one, later than a
-   second after the first, ends the process at once (torchrun passes on what the scheduler has sent to all already).
+1. SIGTERM, Ctrl-C or SIGHUP (the terminal is gone): the run is asked to stop; it saves between two steps and leaves. A
+   second one, later than a second after the first, ends the process at once (torchrun passes on what the scheduler has
+   sent to all already). A SIGHUP that was ignored before, as by nohup, stays ignored.
 2. No beat for `hang_timeout_s`: the stacks of all threads, and of the processes that read images, are written, and the
-   process ends with exit code 4.
+   process ends with exit code 4. The watch counts its own time: a pause (Ctrl-Z, SIGSTOP) is no hang.
 3. Another rank left word that it failed: after 5 seconds in which the main thread did not notice, exit code 5.
 4. SIGUSR1: the stacks are written, and the run goes on.
 """
@@ -15,21 +16,62 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
+
+from lambdanets.files import open_to_append, to_stderr
 
 HANG, LOST = 4, 5  # exit codes
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE_S = 5.0
 _SAME_SIGNAL_S = 1.0
+_LONGEST_TICK_S = 2.0  # what is longer between two looks of the watch was a pause
+
+# Where C code keeps the interpreter's lock, no thread of Python can end the process. This one watches the watch, from
+# outside, and counts its own time as well: faulthandler's timer goes on through a pause, and fires when it is over.
+_GUARD = """
+import os, select, signal, sys, time
+run, allowed_s, silent_s = int(sys.argv[1]), float(sys.argv[2]), 0.0
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+
+def paused():
+    try:
+        with open(f"/proc/{run}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "tT"
+    except OSError:
+        return False
+
+while os.getppid() == run:
+    if select.select([0], [], [], 0.25)[0]:
+        if not os.read(0, 4096):
+            break
+        silent_s = 0.0
+    elif not paused():
+        silent_s += 0.25
+    if silent_s > allowed_s:
+        os.kill(run, signal.SIGUSR1)
+        time.sleep(0.25)
+        try:
+            os.write(2, sys.argv[3].encode())
+        except OSError:
+            pass
+        os.kill(run, signal.SIGKILL)
+        break
+"""
 
 
 class Terminated(Exception):
-    """SIGTERM asked the run to stop, and it did; the message says after which step, and what was saved."""
+    """SIGTERM or SIGHUP asked the run to stop, and it did; the message says after which step, and what was saved."""
+
+    code = 128 + signal.SIGTERM
+    """The exit code that says so."""
 
 
 class Interrupted(BaseException):
@@ -37,18 +79,16 @@ class Interrupted(BaseException):
 
 
 class Watchdog:
-    """A context in which a run is watched; the four rules stand at the top of the file.
+    """A context in which a command is watched; the four rules stand at the top of the file.
 
-    stacks          where stacks are written; removed at the end if there were none
-    hang_timeout_s  seconds without `beat()`; 0: for ever
+    hang_timeout_s  seconds without `beat()`, once there was one; 0: for ever
     words           what another rank said before it failed, or None
     tell            leaves such a word
-    Signals are caught only where it is made in the main thread.
+    Stacks go to stderr until `write_to` names a file. Signals are caught only where it is made in the main thread.
     """
 
     def __init__(
         self,
-        stacks: Path,
         *,
         hang_timeout_s: float,
         words: Callable[[], str | None] = lambda: None,
@@ -56,38 +96,82 @@ class Watchdog:
     ) -> None:
         self.signal: int | None = None
         """The signal that asked the run to stop, or None."""
-        self.stacks, self.hang_timeout_s, self._words, self._tell = stacks, hang_timeout_s, words, tell
+        self.hang_timeout_s, self._words, self._tell = hang_timeout_s, words, tell
         self._interruptible = False
-        self._last_beat_s = self._signalled_s = time.monotonic()
+        self._own_s = 0.0  # the watch's own time
+        self._last_beat_s: float | None = None  # in it
+        self._working = False
+        self._signalled_s = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
+        self._stacks: Path | None = None
+        self._file: IO[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
-        self._file = open(self.stacks, "a")  # closed in __exit__
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._asked) for number in _SIGNALS}
-        # Loader processes are forks, so they write their stacks to the same file on the same signal.
-        faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)
-        self.beat()
+            self._before = {
+                number: signal.signal(number, self._asked)
+                for number in _SIGNALS
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            }
+        # Loader processes are forks, so they write their stacks to the same place on the same signal.
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+        if self.hang_timeout_s:
+            text = f"lambdanets: nothing has moved for {self.hang_timeout_s:g} s, and the interpreter's lock is held\n"
+            allowed_s = max(self.hang_timeout_s + 1, 8.0)  # `words` may wait for 5 s
+            command = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), str(allowed_s), text]
+            with contextlib.suppress(OSError):  # no more processes are allowed: then it is done without
+                self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+                os.set_blocking(self._guard.stdin.fileno(), False)  # type: ignore[union-attr]
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        if self._guard is not None and self._guard.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._guard.stdin.close()
+            self._guard.kill()  # a reader's process may hold the other end of its pipe
+            self._guard.wait()
         faulthandler.unregister(signal.SIGUSR1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._file.close()
-        with contextlib.suppress(OSError):
-            if self.stacks.stat().st_size == 0:
-                self.stacks.unlink()
+        if self._file is not None and self._stacks is not None:
+            empty = os.fstat(self._file.fileno()).st_size == 0
+            self._file.close()
+            with contextlib.suppress(OSError):
+                if empty:
+                    self._stacks.unlink()
+
+    def write_to(self, stacks: Path) -> None:
+        """Write stacks there from now on; the file is removed at the end if there were none."""
+        try:
+            file = open_to_append(stacks)
+        except OSError as error:
+            to_stderr(f"{stacks} cannot be written ({error.strerror}): stacks would go to the terminal")
+            return
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        self._stacks, self._file = stacks, file
 
     def beat(self) -> None:
         """The main thread got on; to be called at least every `hang_timeout_s`."""
-        self._last_beat_s = time.monotonic()
+        self._last_beat_s = self._own_s
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """The main thread computes, or lists a large folder, and cannot call `beat`: it gets on while it uses the
+        processor, in however small bits. Not for a wait that looks from time to time, as that for readers does."""
+        self.beat()
+        self._working = True
+        try:
+            yield
+        finally:
+            self._working = False
+            self.beat()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -100,7 +184,17 @@ class Watchdog:
         finally:
             self._interruptible = False
 
+    def stopped(self, text: str) -> BaseException:
+        """What to raise once the run has stopped since a signal asked for it."""
+        if self.signal == signal.SIGINT:
+            return KeyboardInterrupt(text)
+        error = Terminated(text)
+        error.code = 128 + (self.signal or signal.SIGTERM)  # another rank's signal is SIGTERM here
+        return error
+
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a reader's, a fork of this process: the run answers
         now_s = time.monotonic()
         if self.signal is None:
             self.signal, self._signalled_s = number, now_s
@@ -111,39 +205,56 @@ class Watchdog:
             os._exit(128 + number)
 
     def _watch(self) -> None:
-        poll_s = min(0.5, self.hang_timeout_s / 4) if self.hang_timeout_s else 0.5
+        poll_s = min(0.25, self.hang_timeout_s / 8) if self.hang_timeout_s else 0.5
         told_s: float | None = None
+        looked_s, used_s = time.monotonic(), _main_threads_seconds()
         while not self._over.wait(poll_s):
-            now_s = time.monotonic()
-            if self.hang_timeout_s:
-                # This thread needs the interpreter's lock; where the main one keeps it, C code ends the process.
-                faulthandler.dump_traceback_later(self.hang_timeout_s + 1.5, exit=True, file=self._file)
-                if now_s - self._last_beat_s > self.hang_timeout_s:
-                    self._leave(HANG, f"nothing has moved for {self.hang_timeout_s:g} s")
+            before_s, looked_s = looked_s, time.monotonic()
+            self._own_s += min(looked_s - before_s, _LONGEST_TICK_S)
+            if self._guard is not None and self._guard.stdin is not None:
+                with contextlib.suppress(OSError):
+                    os.write(self._guard.stdin.fileno(), b".")
+            if self._working:
+                before_s, used_s = used_s, _main_threads_seconds()
+                if used_s > before_s:
+                    self.beat()
+            beat_s = self._last_beat_s
+            if self.hang_timeout_s and beat_s is not None and self._own_s - beat_s > self.hang_timeout_s + poll_s:
+                self._leave(HANG, f"nothing has moved for {self.hang_timeout_s:g} s")
             words = self._words()
             if words is None:
                 told_s = None
             elif told_s is None:
-                told_s = now_s
-            elif now_s - told_s > _GRACE_S:
+                told_s = self._own_s
+            elif self._own_s - told_s > _GRACE_S:
                 self._leave(LOST, words)
 
     def _leave(self, code: int, why: str) -> None:
-        self._file.write(f"process {os.getpid()}: {why}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        place = 2 if self._file is None else self._file.fileno()
         ends_s = time.monotonic() + 1.2
+        with contextlib.suppress(OSError, ValueError):  # a full disk, no terminal: it ends all the same
+            os.write(place, f"process {os.getpid()}: {why}\n".encode())
+            faulthandler.dump_traceback(file=place, all_threads=True)
         for child in multiprocessing.active_children():
-            start = size = os.fstat(self._file.fileno()).st_size
+            start = size = os.fstat(place).st_size
             with contextlib.suppress(OSError):
                 os.kill(child.pid or 0, signal.SIGUSR1)
             while time.monotonic() < ends_s:  # for its stacks, whole: those of two at once would mix
                 time.sleep(0.05)
-                before, size = size, os.fstat(self._file.fileno()).st_size
+                before, size = size, os.fstat(place).st_size
                 if start < before == size:
                     break
         self._tell(f"process {os.getpid()}: {why}")
-        text = f"lambdanets: {why}: the stacks are in {self.stacks}; exit code {code}, go on with --resume\n"
-        with contextlib.suppress(OSError, ValueError):
-            os.write(2, text.encode())
+        where = "" if self._stacks is None else f": the stacks are in {self._stacks}"
+        with contextlib.suppress(OSError):  # not print, whose lock another thread may hold
+            os.write(2, f"lambdanets: {why}{where}; exit code {code}, go on with --resume\n".encode())
         os._exit(code)
+
+
+def _main_threads_seconds() -> float:
+    """Processor time that the main thread has used; of the whole process, in hundredths, where that is not known."""
+    clock = getattr(time, "pthread_getcpuclockid", None)
+    ident = threading.main_thread().ident
+    if clock is None or ident is None:
+        return round(time.process_time(), 2)
+    return time.clock_gettime(clock(ident))

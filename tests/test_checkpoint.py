@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lambdanets
+import lambdanets.steps
 from lambdanets.checkpoint import BadRun, read_weights
 from lambdanets.state import DTYPES, flatten, unflatten
-from lambdanets.steps import Checkpoints, NonFiniteState, newest_checkpoint
+from lambdanets.steps import Checkpoints, NonFiniteState, newest_checkpoint, read_checkpoint
 
 
 def state_of(step):
@@ -243,6 +244,165 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
         store.save(4, {"epoch": 2})
     assert newest_checkpoint(tmp_path).load() == {"epoch": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "step-4"]
+
+
+MARKED = st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(MARKED)
+def test_what_a_step_is_kept_for_only_grows_whoever_saves_it_again(saves):
+    """Saves of a few steps, with marks and without, in one process or after a restart."""
+    want = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Checkpoints(folder, keep_last=99)
+        for step, best, milestone, restart in saves:
+            if restart:
+                store.close()
+                store = Checkpoints(folder, keep_last=99)
+            store.save(step, state_of(step), best=best, milestone=milestone)
+            before = want.get(step, (False, False))
+            want[step] = best or before[0], milestone or before[1]
+        store.close()
+        for step, marks in want.items():
+            found = json.loads((Path(folder) / f"step-{step}" / "manifest.json").read_text())
+            assert (found["best"], found["milestone"]) == marks
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("fails", "restart"), [(False, False), (False, True), (True, False)])
+def test_a_milestone_and_the_best_outlive_a_save_of_the_same_step_without_a_mark(fails, restart, tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path, keep_last=1, say=lambda line: None)
+    with monkeypatch.context() as patched:
+        if fails:
+            patched.setattr(lambdanets.steps, "_write_file", lambda *rest: no_space())
+        store.save(3, state_of(3), milestone=True)
+        store._join()
+    if restart:
+        store.close()
+        store = Checkpoints(tmp_path, keep_last=1)
+    store.save(3, state_of(3))
+    store.save(4, state_of(4), best=True)
+    store.save(4, state_of(4))
+    store.save(5, state_of(5))
+    store.save(6, state_of(6))
+    store.close()
+    assert steps_in(tmp_path) == [3, 4, 6]
+    kept = [json.loads((tmp_path / f"step-{n}" / "manifest.json").read_text()) for n in (3, 4, 6)]
+    assert [(m["best"], m["milestone"]) for m in kept] == [(False, True), (True, False), (False, False)]
+
+
+# --- whose they are ---------------------------------------------------------------------------------------------------
+
+
+def manifest_of(folder, number, changes):
+    """Rewrite a manifest, with its own sha256 right; None takes a field out."""
+    path = folder / f"step-{number}" / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    del manifest["sha256"]
+    manifest = {name: value for name, value in manifest.items() if value is not None or name == "run"}
+    path.write_bytes(lambdanets.steps._manifest_bytes(manifest))
+
+
+@pytest.mark.parametrize("step", [1, 9], ids=["older", "newer"])
+@pytest.mark.parametrize(("ours", "theirs"), [("a" * 16, "b" * 16), ("a" * 16, None), (None, "b" * 16)])
+def test_a_checkpoint_of_another_run_is_refused_neither_used_nor_passed_over(ours, theirs, step, tmp_path):
+    for name, run, number in (("mine", ours, 5), ("other", theirs, step)):
+        with Checkpoints(tmp_path / name, run=run) as store:
+            store.save(number, state_of(number))
+    shutil.move(tmp_path / "other" / f"step-{step}", tmp_path / "mine")
+    with Checkpoints(tmp_path / "mine", run=ours) as store, pytest.raises(BadRun) as caught:
+        store.newest()
+    assert f"step-{step} is a checkpoint of another run" in str(caught.value)
+    assert "move it out of" in str(caught.value)
+    assert steps_in(tmp_path / "mine") == sorted([5, step])
+    shutil.rmtree(tmp_path / "mine" / f"step-{step}")
+    shutil.copytree(tmp_path / "mine", tmp_path / "copy")  # a copied run is that run
+    with Checkpoints(tmp_path / "copy", run=ours) as store:
+        assert store.newest().step == 5
+        assert store.newest().run == ours
+
+
+def test_a_checkpoint_from_before_runs_had_a_name_is_read(tmp_path):
+    save(tmp_path, 4)
+    path = tmp_path / "step-4" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"], manifest["run"]
+    path.write_bytes(lambdanets.steps._manifest_bytes(manifest))
+    with Checkpoints(tmp_path) as store:
+        assert is_of(4, store.newest().load())
+
+
+def test_a_checkpoint_of_a_newer_version_is_no_damage(tmp_path, capsys):
+    save(tmp_path, 4, 5)
+    manifest_of(tmp_path, 5, {"format": 2})
+    for read in (newest_checkpoint, lambda folder: read_checkpoint(folder / "step-5")):
+        with pytest.raises(
+            BadRun, match=r"step-5 was written by a newer lambdanets: its format is 2, this one reads 1"
+        ):
+            read(tmp_path)
+    with Checkpoints(tmp_path) as store, pytest.raises(BadRun, match="newer lambdanets"):
+        store.newest()
+    assert steps_in(tmp_path) == [4, 5]
+    assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "5"}, {"step": True}, {"files": []}, {"files": {"state.json": 3}}, {"files": {}}, {"format": "1"},
+        {"files": {"state.json": {"bytes": "2", "sha256": ""}}}, {"format": 0}, {"step": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_of_wrong_types_is_damage(changes, tmp_path):
+    save(tmp_path, 4, 5)
+    manifest_of(tmp_path, 5, changes)
+    said = []
+    assert newest_checkpoint(tmp_path, said.append).step == 4
+    assert "step-5 is damaged (manifest.json" in said[0]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name, tmp_path):
+    save(tmp_path, 4, 5)
+    (tmp_path / "step-5" / name).unlink()
+    os.mkfifo(tmp_path / "step-5" / name)
+    assert newest_checkpoint(tmp_path, lambda line: None).step == 4
+
+
+# --- links of strangers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["part", "old", "gone", ""])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_where_a_checkpoint_goes_is_replaced_and_its_target_stays(suffix, dangling, tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    if not dangling:
+        outside.mkdir()
+        (outside / "precious").write_text("mine")
+    (run / (f".step-5.{suffix}" if suffix else "step-5")).symlink_to(outside)
+    with Checkpoints(run) as store:
+        for step in (5, 6, 5, 7, 8, 9):
+            store.save(step, state_of(step))
+    assert steps_in(run) == [7, 8, 9]
+    assert not hidden_in(run)
+    assert [p.name for p in tmp_path.iterdir() if p != run] == ([] if dangling else ["outside"])
+    if not dangling:
+        assert [p.read_text() for p in outside.iterdir()] == ["mine"]
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(BadRun, match=r"cannot be written .*links"):
+        Checkpoints(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

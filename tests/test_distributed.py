@@ -24,9 +24,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import lambdanets.distributed
+import lambdanets.files
 import lambdanets.steps
 from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import read_weights
+from lambdanets.cli import main
 from lambdanets.distributed import Ranks, sync_batch_norm
 from lambdanets.evaluate import evaluate
 from lambdanets.learner import Learner
@@ -43,10 +45,10 @@ def same_on_any_ranks(**changes):
     return dataclasses.replace(recipe, eval_batch_images=4, drop_rate=0.0, mixup_alpha=0.2, **changes)
 
 
-def run(recipe, data, out, **options):
+def run(recipe, data, out, seed=3, **options):
     """`train`, with the command's exit codes."""
     options = {"save_minutes": 0, "log_steps": 1, **options}
-    code = main_like(lambda: train(recipe, data, out=out, seed=3, resume=True, options=Options(**options)))
+    code = main_like(lambda: train(recipe, data, out=out, seed=seed, resume=True, options=Options(**options)))
     raise SystemExit(code)
 
 
@@ -431,6 +433,27 @@ def test_R45_a_rank_that_fails_takes_the_others_with_it(shared_colours, tmp_path
     assert "rank 0 failed: BadRun: 3 checkpoints in a row" in said[1]
 
 
+def lost_disk(recipe, data, out):
+    if os.environ.get("RANK") == "1":
+        at_step(4, lambda run: Path(data).rename(f"{data}-away"))
+    lambdanets.files.PAUSES_S = (0.01,)
+    run(recipe, data, out)
+
+
+def test_a_disk_that_one_rank_loses_ends_all_with_the_steps_so_far_saved(colours, tmp_path, children):
+    straight = children.ranks(2, run, drawing(), colours, tmp_path / "straight")
+    assert codes(straight) == [0, 0]
+    out = tmp_path / "run"
+    group = children.ranks(2, lost_disk, drawing(), colours, out)
+    assert codes(group) == [LOST, LOST]
+    found = [re.search(r"the state after step (\d+) of 12 is saved: go on with --resume", c.said()) for c in group]
+    assert newest_checkpoint(out).step == int(found[0][1]) == int(found[1][1]) == 5
+    assert "cannot be read: No such file" in group[1].said()
+    Path(f"{colours}-away").rename(colours)
+    assert codes(children.ranks(2, run, drawing(), colours, out)) == [0, 0]
+    assert weights(out) == weights(tmp_path / "straight")
+
+
 def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(shared_colours, colours, tmp_path, children):
     (colours / "train" / "red" / "0.jpg").rename(colours / "train" / "red" / "9.jpg")
     group = children.ranks(2, other_images, drawing(), shared_colours, colours, tmp_path / "run")
@@ -439,16 +462,107 @@ def test_R45_what_only_one_rank_sees_at_the_start_is_an_error_on_all(shared_colo
     assert not (tmp_path / "run").exists()
 
 
-def test_R45_ranks_that_were_asked_for_different_runs_refuse(shared_colours, tmp_path, children):
-    group = children.ranks(2, other_recipe, drawing(), shared_colours, tmp_path / "run")
-    assert codes(group, 10) == [LOST, 2]
-    assert "rank 1 was asked for another recipe or seed" in group[0].said()
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clip_norm": 3.0}, "clip_norm is 0.0 on rank 0 and 3.0 on rank 1"),
+        ({"keep_best": True}, "keep_best is False on rank 0 and True on rank 1"),
+        ({"hang_timeout_s": 7.0}, "hang_timeout_s is 1800.0 on rank 0 and 7.0 on rank 1"),
+        ({"resume": False}, "resume is True on rank 0 and False on rank 1"),
+        ({"seed": 4, "fsdp": True}, "seed is 3 on rank 0 and 4 on rank 1; fsdp is False on rank 0 and True on rank 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_R45_ranks_that_were_asked_for_different_runs_all_refuse_and_name_what_differs(
+    changes, said, shared_colours, tmp_path, children
+):
+    group = children.ranks(2, asked_otherwise, changes, drawing(), shared_colours, tmp_path / "run")
+    assert codes(group, 10) == [2, 2]
+    for child in group:
+        assert f"asked for different runs: {said}. Give every process the same" in child.said()
+    assert not (tmp_path / "run").exists()
 
 
-def other_recipe(recipe, data, out):
+def asked_otherwise(changes, recipe, data, out):
+    how = {"seed": 3, "resume": True, "options": Options(save_minutes=0)}
     if os.environ["RANK"] == "1":
-        recipe = dataclasses.replace(recipe, clip_norm=3.0)
-    run(recipe, data, out)
+        own = {field.name for field in dataclasses.fields(Options)}
+        how |= {name: value for name, value in changes.items() if name in how}
+        how["options"] = dataclasses.replace(how["options"], **{n: v for n, v in changes.items() if n in own})
+        recipe = dataclasses.replace(recipe, **{n: v for n, v in changes.items() if n not in own and n not in how})
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, **how)))
+
+
+def other_first_weights(recipe, data, out, mine):
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, init_from=mine[int(os.environ["RANK"])])))
+
+
+def test_ranks_that_begin_with_different_weights_all_refuse(shared_colours, tmp_path, children):
+    """Also where both were given weights, from files of one name on two machines."""
+    for name in ("a", "b"):
+        assert codes([children.start(run, drawing(), shared_colours, tmp_path / name, int(name == "b"))]) == [0]
+    weights_of = [str(tmp_path / name / "weights.safetensors") for name in ("a", "b")]
+    groups = [
+        children.ranks(2, other_first_weights, drawing(), shared_colours, tmp_path / "differ", weights_of),
+        children.ranks(2, other_first_weights, drawing(), shared_colours, tmp_path / "one", [weights_of[0], None]),
+    ]
+    assert [codes(group, 20) for group in groups] == [[2, 2], [2, 2]]
+    digests = re.findall(r"first weights is ([0-9a-f]{64}) on rank 0 and ([0-9a-f]{64}) on rank 1", groups[0][1].said())
+    assert len(set(digests[0])) == 2
+    assert "init_from given is True on rank 0 and False on rank 1" in groups[1][0].said()
+    assert not (tmp_path / "differ").exists()
+
+
+# --- what a launcher says ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "abc"}, "RANK is 'abc' and should be a whole number from 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' and should be a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "-1", "RANK": "0"}, "WORLD_SIZE is '-1'"),
+        ({"RANK": "٣"}, "RANK is '٣'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2: ranks run from 0"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "cannot meet the others"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "cannot meet the others"),
+    ],
+    ids=str,
+)
+def test_variables_that_no_launcher_sets_are_one_message(variables, said, tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_and_two_processes_of_one_rank_are_one_message(shared_colours, tmp_path, children):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        busy = children.start(run, drawing(), shared_colours, tmp_path / "a", RANK="0", WORLD_SIZE="2", **place)
+        assert busy.wait(20) == 2
+    assert "cannot meet the others at 127.0.0.1:" in busy.said()
+    assert "in use by another run or by a second process with RANK=0" in busy.said()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place["MASTER_PORT"] = str(free.getsockname()[1])
+    start = [drawing(), shared_colours, tmp_path / "b"]
+    group = [children.start(run, *start, RANK=rank, WORLD_SIZE="3", **place) for rank in ("0", "1", "1")]
+    until(lambda: any(child.process.exitcode is not None for child in group), 20)
+    second = next(child for child in group if child.process.exitcode is not None)
+    assert second.wait() == 2
+    assert "two processes have RANK=1" in second.said()
+    for child in group:
+        child.process.kill()
 
 
 def other_images(recipe, data, others, out):

@@ -19,6 +19,11 @@ Precision = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 BatchNorm = Literal["local", "sync", "frozen"]
 
 
+# A learning rate or a decay above overflows float32 within a step; an image above has more pixels than one may have.
+_ANY = 1_000_000
+_LARGEST = {"image_px": 7_000, "lr_per_256": 10_000, "weight_decay": 10_000}
+
+
 class BadRecipe(ValueError):
     """A recipe, or a change to one, that cannot be trained; the message names the argument."""
 
@@ -106,8 +111,11 @@ class Recipe:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise BadRecipe(f"{field.name} must be a finite number, not {value}")
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise BadRecipe(f"{field.name} must be a finite number, not {number}")
+            if isinstance(value, (int, float)) and value > (largest := _LARGEST.get(field.name, _ANY)):
+                raise BadRecipe(f"{field.name} must be at most {largest:,}, not {value:,}")
 
         def need(ok: bool, argument: str, wanted: str) -> None:
             if not ok:
@@ -209,8 +217,9 @@ class Options:
     def __post_init__(self) -> None:
         smallest = {"keep_checkpoints": 1, "log_steps": 1}
         for name in ("save_minutes", "save_steps", "milestone_epochs", "hang_timeout_s", *smallest):
-            if not getattr(self, name) >= smallest.get(name, 0):
-                raise BadRecipe(f"{name} must be at least {smallest.get(name, 0)}, not {getattr(self, name)}")
+            if not smallest.get(name, 0) <= getattr(self, name) < math.inf:
+                finite = "" if getattr(self, name) < math.inf else " and finite (0: for ever)"
+                raise BadRecipe(f"{name} must be at least {smallest.get(name, 0)}{finite}, not {getattr(self, name)}")
         if not 0 <= self.skip_non_finite <= 10:
             raise BadRecipe(f"skip_non_finite must be in 0 to 10 steps, not {self.skip_non_finite}")
 
