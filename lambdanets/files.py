@@ -175,11 +175,20 @@ def _regular(opened: int, path: str | Path) -> None:
         raise OSError(errno.EINVAL, "it is no file but a folder, a pipe or a device", str(path))
 
 
+def open_file(path: str | Path) -> IO[bytes]:
+    """A regular file to read. Raises OSError: a pipe or device, which would be waited for, too."""
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _regular(opened, path)
+        return os.fdopen(opened, "rb")
+    except BaseException:
+        os.close(opened)
+        raise
+
+
 def read_file(path: str | Path, most_bytes: int = JSON_BYTES) -> bytes:
     """All bytes of a regular file. Raises OSError: a pipe or device (which would be waited for), one that is larger."""
-    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(opened, "rb") as file:
-        _regular(opened, path)
+    with open_file(path) as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))

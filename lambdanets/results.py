@@ -151,27 +151,31 @@ def evaluate_run(
         return found
 
 
-def per_class(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
+def per_class(confusion: Confusion, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One dict a class: class, images, right, recall_frac, precision_frac, most_often_taken_for {class, images}.
 
-    Fractions of nothing are None.
+    Fractions of nothing are None. Names are as `printable` writes them.
 
-    >>> per_class([[3, 1], [0, 0]], ["cat", "dog"])[0]["most_often_taken_for"]
-    {'class': 'dog', 'images': 1}
+    >>> per_class(Confusion.of(2, [(0, 0), (0, 1), (0, 1)]), ["cat", "dog"])[0]["most_often_taken_for"]
+    {'class': 'dog', 'images': 2}
     """
+    names = [printable(name) for name in classes]
+    of_label, of_predicted = confusion.sums()
+    most: dict[int, tuple[int, int]] = {}
+    for label, predicted, count in confusion.mistakes():
+        most.setdefault(label, (predicted, count))
     rows = []
-    for label, row in enumerate(confusion):
-        n, right, named = sum(row), row[label], sum(other[label] for other in confusion)
-        wrong = {i: count for i, count in enumerate(row) if i != label and count}
-        most = max(wrong, key=wrong.__getitem__) if wrong else None
+    for label, (n, named) in enumerate(zip(of_label, of_predicted, strict=True)):
+        right = confusion.cells.get((label, label), 0)
+        taken_for, count = most.get(label, (None, 0))
         rows.append(
             {
-                "class": classes[label],
+                "class": names[label],
                 "images": n,
                 "right": right,
                 "recall_frac": right / n if n else None,
                 "precision_frac": right / named if named else None,
-                "most_often_taken_for": None if most is None else {"class": classes[most], "images": wrong[most]},
+                "most_often_taken_for": None if taken_for is None else {"class": names[taken_for], "images": count},
             }
         )
     return rows
