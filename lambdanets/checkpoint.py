@@ -17,15 +17,15 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
+from typing import IO, Any
 
 import timm
 import torch
@@ -34,17 +34,14 @@ from torch import Tensor, nn
 
 import lambdanets
 from lambdanets.batches import View
-from lambdanets.data import MAX_IMAGE_PX
 from lambdanets.errors import printable, some
-from lambdanets.evaluate import Confusion
 from lambdanets.files import field, json_object, open_file, placed, read_json
 from lambdanets.layer import mismatch
-from lambdanets.recipes import Recipe
+from lambdanets.record import RUN_JSON, read_record, recipe_of, view_of
 from lambdanets.state import DTYPES
 from lambdanets.steps import STATE, TENSORS, BadRun, _finite, _safetensors, is_checkpoint, read_checkpoint
 
 WEIGHTS = "weights.safetensors"
-RUN_JSON = "run.json"
 CURVES = "curves.png"
 BAD_SAMPLES = "bad_samples.jsonl"
 _HEADER_BYTES = 16 << 20  # of a file of weights; above this it is refused unread
@@ -133,7 +130,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
     text = json.dumps(sealed, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with placed(path) as file:
-        for piece in (len(text).to_bytes(8, "little"), text, *pieces):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
             file.write(piece)
 
 
@@ -210,14 +208,19 @@ class Weights:
         except (OSError, ValueError) as error:
             raise BadRun(f"{self.file} cannot be read, it may be cut short or no safetensors: {error}") from error
 
-    def misfit(self, model: nn.Module, *, but_for: Iterable[str] = ()) -> str | None:
+    def misfit(
+        self, model: nn.Module, names: Iterable[str] | None = None, *, may_lack: Iterable[str] = ()
+    ) -> str | None:
         """What does not fit the model (at most ten names a kind) and what to do; None: all fits.
 
-        but_for  names of the model that may be absent
+        names     of the tensors that are to be loaded; None: all
+        may_lack  names of the model
         """
         own, shapes = model.state_dict(), self.shapes
+        if names is not None:
+            shapes = {name: shapes[name] for name in names}
         counters = [name for name in own if name.endswith(".num_batches_tracked")]  # torch does without them too
-        missing = sorted(own.keys() - shapes.keys() - set(but_for) - set(counters))
+        missing = sorted(own.keys() - shapes.keys() - set(may_lack) - set(counters))
         extra = sorted(map(printable, shapes.keys() - own.keys()))
         both = sorted(own.keys() & shapes.keys())
         differing = {n: (tuple(own[n].shape), shapes[n]) for n in both if tuple(own[n].shape) != shapes[n]}
@@ -284,7 +287,7 @@ def _tensors_of(header: dict[str, Any], size_bytes: int) -> dict[str, tuple[torc
         if any(type(n) is not int or n < 0 for n in [*shape, *offsets]) or len(offsets) != 2:
             raise ValueError(f"{printable(name)} has the shape {shape} and lies at {offsets}")
         begin, end = offsets
-        if end - begin != math.prod(shape) * _TORCH[kind].itemsize:
+        if end - begin != prod(shape) * _TORCH[kind].itemsize:
             raise ValueError(f"{printable(name)}, {kind} of {shape}, does not take the {end - begin:,} bytes it has")
         found[name] = (_TORCH[kind], tuple(shape), begin, end)
     at = 0
@@ -318,147 +321,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return found.read()
 
 
+def check_weights(folder: Path) -> None:
+    """Raises BadRun where the weights of a finished run are gone, or are not as they were written."""
+    try:
+        with Weights(folder) as found:
+            found.read(())
+    except BadRun as error:
+        remedy = f"copy {WEIGHTS} back from elsewhere, or train again in another folder"
+        raise BadRun(f"{folder} is finished, but without its weights: {error}; {remedy}") from error
+
+
 def weights_file(path: Path) -> Path:
     """The file that `read_weights` reads the tensors of a path from."""
     if not os.path.isdir(path):
         return path
     return path / (TENSORS if is_checkpoint(path) else WEIGHTS)
-
-
-# --- the record -----------------------------------------------------------------------------------------------------
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The run.json of a run, finished or not: every field that this package uses is there, of its type and in bounds.
-
-    What is not used is left as it is. Raises BadRun, naming the field, where it is none.
-    """
-    path = Path(folder) / RUN_JSON
-    try:
-        record = read_json(path)
-        _check(record)
-    except OSError as error:
-        raise BadRun(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, ArithmeticError) as error:  # a recipe is refused with any of them
-        raise BadRun(f"{path} is not a run of lambdanets {lambdanets.__version__}: {error}") from error
-    return record
-
-
-def _check(record: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError at the first field that is not as `train` writes it."""
-    if _depth(record) > _DEEPEST:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-    recipe = _recipe(record)
-    side = _view(record).image_px
-    if side**2 > MAX_IMAGE_PX:
-        raise ValueError(f"it shows an image as {side:,} x {side:,} pixels, more than {MAX_IMAGE_PX:,}")
-    status = field(record, "status", str)
-    field(record, "seed", int)
-    classes = _strings(record, "classes")
-    if not classes or len(set(classes)) < len(classes):
-        raise ValueError("its 'classes' are none, or one of them is there twice")
-    data = field(record, "data", dict)
-    field(data, "source", str)
-    field(data, "how", str)
-    field(data, "val_images", int)
-    for why, ignored in _optional(data, "ignored", dict, {}).items():
-        if not (isinstance(ignored, list) and len(ignored) == 2 and type(ignored[0]) is int):
-            raise ValueError(f"its 'ignored' has under {why[:60]!r} no number and names: {str(ignored)[:60]}")
-    for part in (_optional(data, "fingerprint", dict, None) or {}).values():
-        if not isinstance(part, str):
-            raise ValueError("its 'fingerprint' holds other things than text")
-    if began_from := _optional(record, "init_from", dict, None):
-        field(began_from, "source", str)
-    _optional(record, "error", str, None)
-    for start in _dicts(record, "starts", []):
-        field(start, "step", int)
-        field(start, "ranks", int)
-    history = _dicts(record, "history")
-    for epoch, row in enumerate(history, 1):
-        if field(row, "epoch", int) != epoch or epoch > recipe.epochs:
-            raise ValueError(f"its 'history' has epoch {row['epoch']} where epoch {epoch} of {recipe.epochs} is due")
-        for name in _ROW:
-            _number(row, name)
-        if "data_wait_s" in row:
-            _number(row, "data_wait_s")
-    if status == "finished" or "result" in record:
-        result = field(record, "result", dict)
-        field(result, "n", int)
-        for name in ("top1_frac", "loss", "seconds"):
-            _number(result, name)
-        if result.get("top5_frac") is not None:
-            _number(result, "top5_frac")
-        Confusion.read(field(result, "confusion", (dict, list)), len(classes))
-
-
-_ROW = ("lr", "train_loss", "train_top1_frac", "val_loss", "val_top1_frac", "train_s", "images_per_s")
-_DEEPEST = 8  # levels of run.json; train writes five
-
-
-def _depth(held: Any) -> int:
-    """Levels of nested objects and lists, counted level by level: a recursion would end in the very case to find."""
-    level, depth = [held], 0
-    while level and depth <= _DEEPEST:
-        below = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
-        level, depth = [v for inner in below for v in inner], depth + bool(below)
-    return depth
-
-
-def _optional(held: dict[str, Any], key: str, kind: type, default: Any) -> Any:
-    return field(held, key, (kind, type(None))) if held.get(key) is not None else default
-
-
-def _strings(held: dict[str, Any], key: str) -> list[str]:
-    found: list[str] = field(held, key, list)
-    if wrong := [value for value in found if not isinstance(value, str)]:
-        raise ValueError(f"its {key!r} hold {str(wrong[0])[:60]!r}, which is no text")
-    return found
-
-
-def _dicts(held: dict[str, Any], key: str, default: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = field(held, key, list) if default is None or key in held else default
-    if wrong := [value for value in found if not isinstance(value, dict)]:
-        raise ValueError(f"its {key!r} hold {str(wrong[0])[:60]!r}, which is no object")
-    return found
-
-
-def _number(held: dict[str, Any], key: str) -> None:
-    if not math.isfinite(field(held, key, float)):
-        raise ValueError(f"its {key!r} is {held[key]}, not finite")
-
-
-def _recipe(record: dict[str, Any]) -> Recipe:
-    held = field(record, "recipe", dict)
-    _check_types(held, Recipe)
-    return Recipe.from_json(held)
-
-
-def _view(record: dict[str, Any]) -> View:
-    held = field(record, "view", dict)
-    _check_types(held, View)
-    return View(**held)
-
-
-def _check_types(held: dict[str, Any], kind: type) -> None:
-    """Raises ValueError where a value is not of the type of the dataclass's field; names it does not know stay."""
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        if one.name in held and not _is(held[one.name], hints[one.name]):
-            raise ValueError(f"its {kind.__name__.lower()} has {one.name} = {str(held[one.name])[:60]!r}")
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether what JSON gave can be the value of a field of that type."""
-    inner = get_args(hint)
-    if get_origin(hint) is Literal:
-        return isinstance(value, (str, int)) and value in inner
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_is(v, inner[0]) for v in value)
-    if inner:  # int | None
-        return any(_is(value, one) for one in inner)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -481,11 +358,10 @@ def open_run(source: str | Path) -> Run:
     Raises BadRun, naming the file, where anything is missing, damaged or does not fit together.
     """
     folder = Path(os.path.abspath(source)).parent if is_checkpoint(source) else Path(source)
-    for path in (folder / RUN_JSON, weights_file(Path(source))):
-        if not os.path.isfile(path):
-            raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {path.name}")
     record = read_record(folder)
-    recipe, view, classes = _recipe(record), _view(record), tuple(record["classes"])
+    recipe, view, classes = recipe_of(record), view_of(record), tuple(record["classes"])
+    if not os.path.lexists(file := weights_file(Path(source))):
+        raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {file.name}")
 
     def build() -> nn.Module:
         try:

@@ -49,7 +49,11 @@ class Confusion:
     def read(cls, held: Any, classes: int) -> Confusion:
         """What `json` or `dense` wrote; the files of 0.1.0 hold the latter. Raises ValueError for anything else."""
         cells = held.get("cells") if isinstance(held, dict) else None
-        if isinstance(held, list) and len(held) == classes and all(isinstance(r, list) and len(r) == classes for r in held):
+        if (
+            isinstance(held, list)
+            and len(held) == classes
+            and all(isinstance(r, list) and len(r) == classes for r in held)
+        ):
             cells = [[label, i, n] for label, row in enumerate(held) for i, n in enumerate(row) if n != 0]
         if not isinstance(cells, list) or (isinstance(held, dict) and held.get("classes") != classes):
             raise ValueError(f"it is neither the cells nor the rows of {classes} classes")

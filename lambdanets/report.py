@@ -132,12 +132,14 @@ def _draw_mistakes(axes: Any, confusion: Confusion, classes: Sequence[str], n: i
     axes.set_yticks(places, names, parse_math=False)
     for place, (label, _, count) in zip(places, drawn, strict=True):
         axes.text(count, place, f" {count} of {of_label[label]}", va="center", fontsize=8)
-    axes.set(xlabel="images, of those of the label", xlim=(0, 1.25 * max((count for *_, count in drawn), default=1)))
+    axes.set(xlabel="images, of all of that label", xlim=(0, 1.25 * max((count for *_, count in drawn), default=1)))
     axes.set_ylim(_MISTAKES - 0.4, -0.6)  # the most frequent on top, and bars of one width however few they are
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     wrong = n - confusion.right
-    which = f"the {len(drawn)} most frequent of {len(mistakes):,} mistakes" if len(drawn) < len(mistakes) else "mistakes"
-    axes.set_title(f"label → predicted: {which}\n{wrong:,} of {n:,} held-out images are wrong, {len(classes):,} classes")
+    pairs = f"the {len(drawn)} most frequent of {len(mistakes):,} pairs" if len(drawn) < len(mistakes) else "all pairs"
+    axes.set_title(
+        f"{wrong:,} of {n:,} held-out images are wrong, {len(classes):,} classes\nlabel → predicted, {pairs}"
+    )
 
 
 def _short(name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,14 @@ import torch
 
 from lambdanets import data as images_on_disk
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, need, versions
+from lambdanets.checkpoint import BAD_SAMPLES, BadRun, check_weights, choose_folder, need, versions
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
+from lambdanets.errors import printable
 from lambdanets.files import write_json
 from lambdanets.learner import create, train_mode
 from lambdanets.recipes import BadRecipe, Options, Recipe
+from lambdanets.record import RUN_JSON, read_record, recipe_of
 
 _DIGITS = "scikit-learn digits"
 
@@ -47,13 +51,14 @@ class Start:
             self.record.pop("error", None)
         if began_from is not None:
             self.record["init_from"] = {"source": began_from["source"], "sha256": began_from["sha256"]}
-            print(began_from["said"])
+            print(printable(began_from["said"]))
         try:
             write_json(self.folder / RUN_JSON, self.record)
         except OSError as error:
             raise BadRun(f"--out {self.folder} cannot be written ({error}): name another folder") from error
         found = self.record["data"]
-        print(found["how"] + "".join(f"; ignored {count}: {why}" for why, (count, _) in found["ignored"].items()))
+        ignored = found.get("ignored", {}).items()
+        print(printable(found["how"] + "".join(f"; ignored {count}: {why}" for why, (count, _) in ignored)))
 
 
 def look(
@@ -68,13 +73,17 @@ def look(
     init_from: str | Path | None,
     options: Options,
     ranks: Ranks,
+    made: contextlib.ExitStack,
 ) -> Start:
-    """Everything that `train` needs, or its errors; arguments as there. Only reads."""
+    """Everything that `train` needs, or its errors; arguments as there. Only reads, but for a folder runs/NAME-N, whose
+    name is taken: where nothing gets into it, `made` removes it again."""
     folder: Path | None = None
     old: dict[str, Any] | None = None
     with ranks.together():
         if ranks.first:
             folder, old = _place(out, recipe, seed, resume, init_from)
+            if out is None:
+                made.callback(_remove_if_empty, folder)
         _check_extras(digits=data is None, tensorboard=options.tensorboard)
         where = choose_device(device, ranks)
         train_images, val_images, how, ignored = _read_data(data)
@@ -138,6 +147,11 @@ def look(
     return Start(recipe, options, folder, old, where, batches, held_out(), record)
 
 
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.removedirs(folder)
+
+
 def _place(
     out: str | Path | None, recipe: Recipe, seed: int, resume: bool, init_from: str | Path | None
 ) -> tuple[Path, dict[str, Any] | None]:
@@ -147,11 +161,11 @@ def _place(
     if out is None:
         raise BadRun("--resume needs --out RUN, the folder of the run to go on with")
     folder = Path(out)
-    if not (folder / RUN_JSON).is_file():
+    if not os.path.lexists(folder / RUN_JSON):
         held = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
         return (folder if held == {".lock"} else choose_folder(out, recipe.name)), None
     old = read_record(folder)
-    differing = recipe.differences(Recipe.from_json(old["recipe"]))
+    differing = recipe.differences(recipe_of(old))
     if old["seed"] != seed:
         differing.append(f"seed {old['seed']}, not {seed}")
     was_from = (old.get("init_from") or {}).get("source")
@@ -159,21 +173,9 @@ def _place(
         differing.append(f"init_from {was_from}, not {init_from}")
     if differing:
         raise BadRun(f"--resume: the run in {folder} has {'; '.join(differing)}. Give the same, or another --out")
+    if old["status"] == "finished":  # nothing is computed any more: the weights that it tells of must be there
+        check_weights(folder)
     return folder, old
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The run.json of a run, finished or not. Raises BadRun where it is none."""
-    path = Path(folder) / RUN_JSON
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        Recipe.from_json(record["recipe"])
-        record["seed"], record["status"], record["data"]["source"]
-    except OSError as error:
-        raise BadRun(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadRun(f"{path} is not the record of a run: {error!r}") from error
-    return record
 
 
 def recorded(folder: str | Path) -> tuple[Recipe, str | None, int, str | None] | None:
@@ -181,12 +183,12 @@ def recorded(folder: str | Path) -> tuple[Recipe, str | None, int, str | None] |
 
     Raises BadRun where its run.json cannot be read.
     """
-    if not (Path(folder) / RUN_JSON).is_file():
+    if not os.path.lexists(Path(folder) / RUN_JSON):
         return None
     record = read_record(folder)
     source = record["data"]["source"]
     init_from = (record.get("init_from") or {}).get("source")
-    return Recipe.from_json(record["recipe"]), None if source == _DIGITS else source, record["seed"], init_from
+    return recipe_of(record), None if source == _DIGITS else source, record["seed"], init_from
 
 
 def choose_device(device: str, ranks: Ranks | None = None) -> torch.device:
