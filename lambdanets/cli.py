@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 import lambdanets
+from lambdanets.errors import printable, printable_text
 from lambdanets.recipes import BatchNorm, Options, Precision, RecipeName
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _EXIT_CODES = (
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; `args` are those of the process by default. Gives the exit code; --help exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks ends no run
+            stream.reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(args)
     if "OMP_WAIT_POLICY" not in os.environ:
         # OpenMP's threads spin while they wait. Beside one other busy process on two cores a training step took 2.0 s
@@ -148,7 +152,7 @@ def _run(parsed: Namespace) -> int:
 
 
 def _message(error: BaseException) -> str:
-    return "\n".join([part for part in [str(error), *getattr(error, "__notes__", [])] if part])
+    return printable_text("\n".join([part for part in [str(error), *getattr(error, "__notes__", [])] if part]))
 
 
 def _train(given: Namespace) -> int:
@@ -200,7 +204,7 @@ def _predict(given: Namespace) -> int:
         if given.json:
             print(found.json(run.classes, given.top), flush=True)
         elif found.error is not None:
-            print(f"lambdanets predict: {found.image}: {found.error}", file=sys.stderr)
+            print(f"lambdanets predict: {printable(found.image)}: {printable(found.error)}", file=sys.stderr)
         else:
             print(found.text(run.classes, given.top), flush=True)
     return 1 if failed else 0
@@ -208,18 +212,22 @@ def _predict(given: Namespace) -> int:
 
 def _evaluate(given: Namespace) -> int:
     from lambdanets.distributed import Ranks
-    from lambdanets.results import evaluate_run
+    from lambdanets.results import NotWritten, evaluate_run
     from lambdanets.start import choose_device
 
-    found = evaluate_run(
-        given.run,
-        given.data,
-        out=given.out,
-        batch_images=given.batch_images,
-        workers=given.workers,
-        device=choose_device(given.device, Ranks()),
-        exclude_bad=given.exclude_bad,
-    )
+    try:
+        found = evaluate_run(
+            given.run,
+            given.data,
+            out=given.out,
+            batch_images=given.batch_images,
+            workers=given.workers,
+            device=choose_device(given.device, Ranks()),
+            exclude_bad=given.exclude_bad,
+        )
+    except NotWritten as error:  # all is computed: first the numbers
+        print(error.found, flush=True)
+        raise
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(found)
     return 0
@@ -229,7 +237,7 @@ def _report(given: Namespace) -> int:
     from lambdanets.results import write_report
     from lambdanets.start import choose_device
 
-    print(write_report(given.run, device=choose_device(given.device), workers=given.workers))
+    print(printable(write_report(given.run, device=choose_device(given.device), workers=given.workers)))
     return 0
 
 
@@ -257,7 +265,7 @@ def _plan(model: str, image_px: int) -> int:
     try:
         text = plan_text(model, image_px)
     except ValueError as error:  # an unknown name, or an image too small for it
-        print(f"lambdanets plan: {error}", file=sys.stderr)
+        print(f"lambdanets plan: {_message(error)}", file=sys.stderr)
         return 2
     print(text)
     return 0

@@ -24,6 +24,11 @@ def printable(name: object) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_fit, text))
 
 
+def printable_text(text: object) -> str:
+    """`printable`, line by line: for a message that holds names."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
 def _fit(letter: str) -> str:
     code = ord(letter)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8 (PEP 383)

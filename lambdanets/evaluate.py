@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +16,85 @@ from torch.nn import functional as F
 from lambdanets.batches import Batches, View
 from lambdanets.data import BadImage, open_image
 from lambdanets.distributed import Ranks
+from lambdanets.errors import printable
 
 
 class EvaluationStopped(Exception):
     """`go_on` said no on some rank, so that there are no scores."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which class was taken for which. It holds the pairs that occur, so its size is that of the images, not classes².
+
+    classes  how many there are
+    cells    (label, predicted) -> images, at least one; the pairs ascend
+
+    >>> found = Confusion.of(3, [(0, 0), (2, 1), (0, 0)])
+    >>> found.json()
+    {'classes': 3, 'cells': [[0, 0, 2], [2, 1, 1]]}
+    >>> found.dense(), found == Confusion.read(found.dense(), 3) == Confusion.read(found.json(), 3)
+    ([[2, 0, 0], [0, 0, 0], [0, 1, 0]], True)
+    """
+
+    classes: int
+    cells: dict[tuple[int, int], int]
+
+    @classmethod
+    def of(cls, classes: int, pairs: Iterable[tuple[int, int]]) -> Confusion:
+        """Of the label and the predicted class of every image."""
+        return cls(classes, dict(sorted(Counter(pairs).items())))
+
+    @classmethod
+    def read(cls, held: Any, classes: int) -> Confusion:
+        """What `json` or `dense` wrote; the files of 0.1.0 hold the latter. Raises ValueError for anything else."""
+        cells = held.get("cells") if isinstance(held, dict) else None
+        if (
+            isinstance(held, list)
+            and len(held) == classes
+            and all(isinstance(r, list) and len(r) == classes for r in held)
+        ):
+            cells = [[label, i, n] for label, row in enumerate(held) for i, n in enumerate(row) if n != 0]
+        if not isinstance(cells, list) or (isinstance(held, dict) and held.get("classes") != classes):
+            raise ValueError(f"it is neither the cells nor the rows of {classes} classes")
+        found = {}
+        for cell in cells:
+            if not (isinstance(cell, list) and len(cell) == 3 and all(type(n) is int for n in cell)):
+                raise ValueError(f"{str(cell)[:60]} is not a label, a predicted class and a number of images")
+            label, predicted, n = cell
+            if not (0 <= label < classes and 0 <= predicted < classes and n > 0) or (label, predicted) in found:
+                raise ValueError(f"{str(cell)[:60]} cannot be a cell of {classes} classes")
+            found[label, predicted] = n
+        return cls(classes, dict(sorted(found.items())))
+
+    @property
+    def right(self) -> int:
+        """Images whose predicted class is the label."""
+        return sum(n for (label, predicted), n in self.cells.items() if label == predicted)
+
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """(label, predicted, images) of the pairs that differ, the most frequent first."""
+        wrong = [(label, predicted, n) for (label, predicted), n in self.cells.items() if label != predicted]
+        return sorted(wrong, key=lambda cell: -cell[2])
+
+    def sums(self) -> tuple[list[int], list[int]]:
+        """Images of each label, and of each predicted class."""
+        labels, predictions = [0] * self.classes, [0] * self.classes
+        for (label, predicted), n in self.cells.items():
+            labels[label] += n
+            predictions[predicted] += n
+        return labels, predictions
+
+    def json(self) -> dict[str, Any]:
+        """For a file: {"classes": C, "cells": [[label, predicted, images], ...]}; `read` takes it."""
+        return {"classes": self.classes, "cells": [[*pair, n] for pair, n in self.cells.items()]}
+
+    def dense(self) -> list[list[int]]:
+        """rows[label][predicted]: images. classes² numbers."""
+        rows = [[0] * self.classes for _ in range(self.classes)]
+        for (label, predicted), n in self.cells.items():
+            rows[label][predicted] = n
+        return rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +105,7 @@ class Scores:
     top1_frac    share of them whose first class is the label
     top5_frac    share whose label is among the first five; None where there are five classes or fewer
     loss         mean cross-entropy, nats, without label smoothing
-    confusion    confusion[label][predicted]: images; the sum of all is n
+    confusion    which class was taken for which; the sum of its cells is n
     ids          the images' numbers in their data set, ascending
     predicted    the first class of each image, in the order of `ids`
     losses       cross-entropy of each image, nats, in the order of `ids`
@@ -38,7 +115,7 @@ class Scores:
     top1_frac: float
     top5_frac: float | None
     loss: float
-    confusion: list[list[int]]
+    confusion: Confusion
     ids: list[int]
     predicted: list[int]
     losses: list[float] = field(default_factory=list)
@@ -46,7 +123,7 @@ class Scores:
     @property
     def errors(self) -> int:
         """Images whose first class is not the label."""
-        return self.n - sum(row[label] for label, row in enumerate(self.confusion))
+        return self.n - self.confusion.right
 
     def __str__(self) -> str:
         top5 = "" if self.top5_frac is None else f", top-5 {self.top5_frac:.2%}"
@@ -76,8 +153,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    found: list[tuple[int, int, float]] = []
+    found: list[tuple[int, int, int, float]] = []  # of each image: number, label, first class, loss
     loss_sum, in_five, stopped = 0.0, 0, False
     with ranks.together():
         for images, labels, batch_ids in batches.epoch(0):
@@ -85,36 +161,38 @@ def evaluate(
             losses = F.cross_entropy(logits, labels, reduction="none")
             loss_sum += losses.sum(dtype=torch.float64).item()
             first = logits.argmax(dim=1)
-            confusion += torch.bincount(labels * classes + first, minlength=classes**2).view(classes, classes)
             if classes > 5:
                 in_five += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
-            found.extend(zip(map(int, batch_ids), first.tolist(), losses.tolist(), strict=True))
+            found.extend(zip(map(int, batch_ids), labels.tolist(), first.tolist(), losses.tolist(), strict=True))
             if stopped := not go_on():
                 break
     model.train(was_training)
     loss_sum, in_five_sum, stops = ranks.sum(loss_sum, in_five, stopped)
     if stops:
         raise EvaluationStopped("the evaluation was stopped")
-    confusion = ranks.sum_counts(confusion)
-    found = sorted((i, label, loss) for part in ranks.all(found) for i, label, loss in part)
+    found = sorted(tuple(image) for part in ranks.all(found) for image in part)
     n = len(found)
     if n == 0:
         raise ValueError("evaluate: the batches hold no image")
+    confusion = Confusion.of(classes, ((label, predicted) for _, label, predicted, _ in found))
     return Scores(
         n=n,
-        top1_frac=int(confusion.diagonal().sum()) / n,
+        top1_frac=confusion.right / n,
         top5_frac=int(in_five_sum) / n if classes > 5 else None,
         loss=loss_sum / n,
-        confusion=confusion.tolist(),
-        ids=[i for i, _, _ in found],
-        predicted=[label for _, label, _ in found],
-        losses=[loss for _, _, loss in found],
+        confusion=confusion,
+        ids=[i for i, *_ in found],
+        predicted=[predicted for *_, predicted, _ in found],
+        losses=[loss for *_, loss in found],
     )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's class probabilities, or why there are none: exactly one of `probabilities` and `error` is given."""
+    """One image's class probabilities, or why there are none: exactly one of `probabilities` and `error` is given.
+
+    `image` is the path as it was given, to open the file with; `text` and `json` show it as `printable` does.
+    """
 
     image: str
     probabilities: list[float] | None = None
@@ -130,14 +208,14 @@ class Prediction:
         >>> Prediction("a.png", [0.25, 0.75]).text(("cat", "dog"), 2)
         'a.png  dog 75.0%  cat 25.0%'
         """
-        return "  ".join([self.image, *(f"{name} {share:.1%}" for name, share in self.top(classes, k))])
+        return "  ".join([printable(self.image), *(f"{printable(n)} {share:.1%}" for n, share in self.top(classes, k))])
 
     def json(self, classes: Sequence[str], k: int) -> str:
         """One line for a program: {"image", "top": [{"class", "probability"}]} or {"image", "error"}."""
         if self.error is not None:
-            return json.dumps({"image": self.image, "error": self.error})
-        top = [{"class": name, "probability": round(share, 6)} for name, share in self.top(classes, k)]
-        return json.dumps({"image": self.image, "top": top})
+            return json.dumps({"image": printable(self.image), "error": printable(self.error)})
+        top = [{"class": printable(name), "probability": round(share, 6)} for name, share in self.top(classes, k)]
+        return json.dumps({"image": printable(self.image), "top": top})
 
 
 @torch.inference_mode()

@@ -21,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 import lambdanets
 from lambdanets import optim
 from lambdanets.batches import mix
-from lambdanets.checkpoint import RUN_JSON, BadRun, read_weights, weights_file
+from lambdanets.checkpoint import RUN_JSON, BadRun, Weights, weights_file
 from lambdanets.data import hash_of
 from lambdanets.distributed import Ranks, sync_batch_norm
-from lambdanets.layer import mismatch
 from lambdanets.recipes import Recipe
 
 _COMPUTED_IN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -306,24 +305,20 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
     if path.is_dir() and not file.is_file():
         what = f"the run of {path} has not finished an epoch" if (path / RUN_JSON).is_file() else "it is no run"
         raise BadRun(f"--init-from {path}: it has no {file.name}, {what}: name a run's folder or a safetensors file")
-    if not file.is_file():
-        raise BadRun(f"--init-from {path} does not exist: name a run's folder or a safetensors file")
-    try:
-        tensors = read_weights(path)
-    except BadRun as error:
-        raise BadRun(f"--init-from {error}") from error
     own = model.state_dict()
     head = [name for name in own if name.startswith(_classifier_name(model) + ".")]
-    other_classes = any(name in tensors and tensors[name].shape[:1] != own[name].shape[:1] for name in head)
-    if other_classes or not any(name in tensors for name in head):
-        for name in head:
-            tensors.pop(name, None)
-    missing = sorted(own.keys() - tensors.keys() - set(head))
-    extra = sorted(tensors.keys() - own.keys())
-    shapes = {n: (tuple(own[n].shape), tuple(tensors[n].shape)) for n in sorted(own.keys() & tensors.keys())}
-    differing = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    if missing or extra or differing:
-        raise BadRun(f"--init-from {mismatch(str(file), differing, missing, extra)}")
+    try:
+        with Weights(path) as found:
+            shapes = found.shapes
+            kept = shapes.keys() & set(head)
+            if any(shapes[name][:1] != own[name].shape[:1] for name in kept):  # for other classes
+                kept = set()
+            taken = [name for name in shapes if name not in head or name in kept]
+            if (why := found.misfit(model, taken, may_lack=head)) is not None:
+                raise BadRun(why)
+            tensors = found.read(taken)
+    except BadRun as error:
+        raise BadRun(f"--init-from {error}") from error
     model.load_state_dict(tensors, strict=False)
     new = not any(name in tensors for name in head)
     classifier = (

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lambdanets.evaluate import Scores
+from lambdanets.errors import printable, printable_text, some
+from lambdanets.evaluate import Confusion, Scores
 from lambdanets.report import confusion_png, curves_svg
 
 _SIDE_PX = 112  # of a thumbnail
@@ -60,7 +61,7 @@ def page(
     record: dict[str, Any],
     *,
     scores: Scores | None,
-    confusion: Sequence[Sequence[int]] | None,
+    confusion: Confusion | None,
     mistakes: Sequence[Mistake],
     notes: Sequence[str],
     steps: Sequence[tuple[int, float]],
@@ -68,9 +69,9 @@ def page(
 ) -> str:
     """The HTML of a run, whatever of it there is yet. Every string in it is escaped, and the page allows no script.
 
-    record       run.json
+    record       run.json, as `checkpoint.read_record` gives it
     scores       of the held-out images; None where there are none
-    confusion    confusion[label][predicted]: images
+    confusion    which class was taken for which; None where it is not known
     mistakes     the worst first
     notes        what the reader must know, above all else
     steps        (step, training loss) of single steps
@@ -78,10 +79,10 @@ def page(
     """
     recipe, history, data = record["recipe"], record["history"], record["data"]
     title = f"{recipe['model']}, {recipe['image_px']} px: {recipe.get('name', 'run')}"
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_state(record))}</p>"]
+    parts = [f"<h1>{_html(title)}</h1>", f"<p>{_html(_state(record))}</p>"]
     if record["status"] in ("stopped", "interrupted") and record.get("error"):
-        parts.append(f'<p class="warn">{escape(record["error"])}</p>')
-    parts += [f'<p class="warn">{escape(note)}</p>' for note in notes]
+        parts.append(f'<p class="warn">{_html(record["error"])}</p>')
+    parts += [f'<p class="warn">{_html(note)}</p>' for note in notes]
     parts.append(_numbers(record, scores, bad_samples))
     if history or steps:
         parts += ["<h2>Curves</h2>", curves_svg(history, steps)]
@@ -89,7 +90,7 @@ def page(
         picture = confusion_png(confusion, record["classes"], "")
         parts += [
             "<h2>Which class was taken for which</h2>",
-            f'<img class="wide" alt="confusion matrix" {_src(picture)}>',
+            f'<img class="wide" alt="which class was taken for which" {_src(picture)}>',
         ]
     if scores is not None:
         said = f"None: all {scores.n:,} held-out images are right."
@@ -102,7 +103,7 @@ def page(
     parts += ["<h2>Recipe</h2>", _table(recipe.items())]
     parts += [
         "<h2>Data</h2>",
-        _table([*_flat(data), ("classes", f"{len(record['classes'])}: {_some(record['classes'])}")]),
+        _table([*_flat(data), ("classes", f"{len(record['classes']):,}: {some(record['classes'], 20)}")]),
     ]
     known = ("seed", "device", "init_from", "options", "versions")
     starts = [f"after step {start['step']}, {start['ranks']} processes" for start in record.get("starts", [])]
@@ -112,7 +113,7 @@ def page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><title>{_html(title)}</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
@@ -172,8 +173,8 @@ def _figure(mistake: Mistake) -> str:
         if Image.open(io.BytesIO(mistake.picture)).width <= _SIDE_PX // 2:
             shown = f'<div class="small">{shown}</div>'
     return (
-        f"<figure>{shown}<div><b>{escape(mistake.label)}</b> taken for <b class=wrong>{escape(mistake.predicted)}</b>"
-        f'</div><div>loss {mistake.loss:.2f}</div><div class="name">{escape(mistake.name)}</div></figure>'
+        f"<figure>{shown}<div><b>{_name(mistake.label)}</b> taken for <b class=wrong>{_name(mistake.predicted)}</b>"
+        f'</div><div>loss {mistake.loss:.2f}</div><div class="name">{_name(mistake.name)}</div></figure>'
     )
 
 
@@ -192,11 +193,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def _table(rows: Iterable[tuple[str, Any]]) -> str:
     def text(value: Any) -> str:
-        return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        return "; ".join(map(text, value)) if isinstance(value, (list, tuple)) else printable(value)
 
-    lines = (f"<tr><th>{escape(str(key))}</th><td>{escape(text(value))}</td></tr>" for key, value in rows)
+    lines = (f"<tr><th>{_name(key)}</th><td>{escape(text(value))}</td></tr>" for key, value in rows)
     return f"<table>{''.join(lines)}</table>"
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+def _html(text: object) -> str:
+    return escape(printable_text(text))
+
+
+def _name(name: object) -> str:
+    return escape(printable(name))

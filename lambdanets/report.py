@@ -10,18 +10,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-_NAMED_CLASSES = 30  # more names than this cannot be read along an axis
+from lambdanets.errors import printable
+from lambdanets.evaluate import Confusion
+
+_MATRIX_CLASSES = 50  # of more the most frequent mistakes are drawn instead: no cell could be seen
+_MISTAKES = 25  # that are drawn there
+_NAME_LETTERS = 20  # of a class in a picture
 _STRETCHES = 400  # points of a curve by steps
 _NUMBERED_CLASSES = 15  # more numbers than this cannot be read in the cells
 
 
-def curves_png(
-    history: Sequence[dict[str, Any]], confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str
-) -> bytes:
+def curves_png(history: Sequence[dict[str, Any]], confusion: Confusion, classes: Sequence[str], title: str) -> bytes:
     """Draw the history and the confusion matrix side by side, as the bytes of a PNG.
 
     history    one dict an epoch: epoch, train_loss, val_loss, train_top1_frac, val_top1_frac
-    confusion  confusion[label][predicted]: images; the colour is the share of the label's row
+    confusion  drawn as a matrix of up to 50 classes, whose colour is the share of the label's row; of more classes the
+               most frequent mistakes are drawn, as bars
     title      one line above both
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: 0.4 s, and an extra
@@ -29,7 +33,7 @@ def curves_png(
 
     figure = Figure(figsize=(13, 6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)  # no pyplot: no display is looked for and no state is kept
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.1))
     loss = figure.add_subplot(grid[0, 0])
     _draw_curves(loss, figure.add_subplot(grid[1, 0], sharex=loss), history)
@@ -63,15 +67,16 @@ def curves_svg(history: Sequence[dict[str, Any]], steps: Sequence[tuple[int, flo
     return text[text.index("<svg") :]
 
 
-def confusion_png(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> bytes:
+def confusion_png(confusion: Confusion, classes: Sequence[str], title: str) -> bytes:
     """Draw the confusion matrix alone, as the bytes of a PNG; arguments as `curves_png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    side = min(14.0, max(6.5, 0.28 * len(classes) + 3))  # inches: a name an axis mark, up to 30
+    matrix = len(classes) <= _MATRIX_CLASSES
+    side = max(6.5, 0.25 * len(classes) + 3) if matrix else 8.5  # inches: a name an axis mark
     figure = Figure(figsize=(side, 0.85 * side), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(printable(title), parse_math=False)
     _draw_confusion(figure, figure.add_subplot(), confusion, classes)
     return _saved(figure, "png")
 
@@ -93,24 +98,53 @@ def _draw_curves(loss: Any, accuracy: Any, history: Sequence[dict[str, Any]]) ->
         axes.legend()
 
 
-def _draw_confusion(figure: Any, matrix: Any, confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
-    image = matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=matrix, label="share of the label's images", shrink=0.8)
-    n = sum(map(sum, confusion))
-    matrix.set(xlabel="predicted", ylabel="label", title=f"held-out images, n = {n}")
-    if len(classes) <= _NAMED_CLASSES:
-        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
-        sideways = 90 if max(map(len, names)) > 3 else 0
-        matrix.set_xticks(range(len(classes)), names, rotation=sideways, parse_math=False)  # a class may be "$5 bill"
-        matrix.set_yticks(range(len(classes)), names, parse_math=False)
+def _draw_confusion(figure: Any, axes: Any, confusion: Confusion, classes: Sequence[str]) -> None:
+    n = sum(confusion.cells.values())
+    if len(classes) > _MATRIX_CLASSES:
+        _draw_mistakes(axes, confusion, classes, n)
+        return
+    of_label = confusion.sums()[0]
+    rows = confusion.dense()
+    shares = [[count / max(1, of_label[label]) for count in row] for label, row in enumerate(rows)]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the label's images", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="label", title=f"held-out images, n = {n}")
+    names = [_short(name) for name in classes]
+    sideways = 90 if max(map(len, names)) > 3 else 0
+    small = {"fontsize": 7} if len(classes) > 30 else {}
+    axes.set_xticks(range(len(classes)), names, rotation=sideways, parse_math=False, **small)  # a class may be "$5"
+    axes.set_yticks(range(len(classes)), names, parse_math=False, **small)
     if len(classes) <= _NUMBERED_CLASSES:
-        for i, row in enumerate(confusion):
-            for j, count in enumerate(row):
-                if count:
-                    matrix.text(
-                        j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black"
-                    )
+        for (label, predicted), count in confusion.cells.items():
+            colour = "white" if shares[label][predicted] > 0.5 else "black"
+            axes.text(predicted, label, str(count), ha="center", va="center", color=colour)
+
+
+def _draw_mistakes(axes: Any, confusion: Confusion, classes: Sequence[str], n: int) -> None:
+    """Bars: label → predicted, and how many images."""
+    from matplotlib.ticker import MaxNLocator
+
+    of_label, mistakes = confusion.sums()[0], confusion.mistakes()
+    drawn = mistakes[:_MISTAKES]
+    places = range(len(drawn))
+    axes.barh(places, [count for *_, count in drawn], height=0.7)
+    names = [f"{_short(classes[label])} → {_short(classes[predicted])}" for label, predicted, _ in drawn]
+    axes.set_yticks(places, names, parse_math=False)
+    for place, (label, _, count) in zip(places, drawn, strict=True):
+        axes.text(count, place, f" {count} of {of_label[label]}", va="center", fontsize=8)
+    axes.set(xlabel="images, of all of that label", xlim=(0, 1.25 * max((count for *_, count in drawn), default=1)))
+    axes.set_ylim(_MISTAKES - 0.4, -0.6)  # the most frequent on top, and bars of one width however few they are
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    wrong = n - confusion.right
+    pairs = f"the {len(drawn)} most frequent of {len(mistakes):,} pairs" if len(drawn) < len(mistakes) else "all pairs"
+    axes.set_title(
+        f"{wrong:,} of {n:,} held-out images are wrong, {len(classes):,} classes\nlabel → predicted, {pairs}"
+    )
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _NAME_LETTERS else name[: _NAME_LETTERS - 1] + "…"
 
 
 def _saved(figure: Any, form: str) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,26 @@ from torch.utils.data import DataLoader
 
 from lambdanets import data as images_on_disk
 from lambdanets.batches import Batches
-from lambdanets.checkpoint import (
-    BAD_SAMPLES,
-    BadRun,
-    Run,
-    choose_folder,
-    need,
-    next_numbered,
-    open_run,
-)
+from lambdanets.checkpoint import BAD_SAMPLES, BadRun, Run, choose_folder, need, next_numbered, open_run
 from lambdanets.data import BadData, BadImage, Images
 from lambdanets.distributed import Ranks
-from lambdanets.evaluate import Scores, evaluate
-from lambdanets.files import write_atomically, write_json
+from lambdanets.errors import printable, some
+from lambdanets.evaluate import Confusion, Scores, evaluate
+from lambdanets.files import field, json_object, lock, open_file, write_atomically, write_json
 from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
+from lambdanets.record import read_record
 from lambdanets.report import confusion_png
 from lambdanets.shards import is_shards
-from lambdanets.start import read_record
 
 EVALUATION_JSON = "evaluation.json"
 CONFUSION = "confusion.png"
 REPORT = "report.html"
-_LISTED = 10  # names in a message
 _TABLE_CLASSES = 40  # rows that a person reads; all are in the JSON file
 _MISTAKES = 24  # thumbnails in a report
+_COLUMN = 40  # letters of a class in the table
+_LINES_BYTES = 1 << 30  # of a file of lines that a report reads; the rest of a larger one is left out
+_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,25 +46,27 @@ class Evaluation:
     images    those images, with the run's classes
     how       a sentence: which images these are
     excluded  name -> reason of images left out, since they cannot be read
-    folder    where evaluation.json and confusion.png are
+    folder    where evaluation.json and confusion.png are; None while they are not written
     """
 
     scores: Scores
     images: Images
     how: str
     excluded: dict[str, str]
-    folder: Path
+    folder: Path | None
 
     def __str__(self) -> str:
-        lines = [self.how, f"{self.scores}, loss {self.scores.loss:.4f} nats"]
+        lines = [printable(self.how), f"{self.scores}, loss {self.scores.loss:.4f} nats"]
         if self.excluded:
             total = self.scores.n + len(self.excluded)
-            first = "".join(f"\n  {name}: {why}" for name, why in list(self.excluded.items())[:_LISTED])
-            more = f"\n  and {len(self.excluded) - _LISTED} more" if len(self.excluded) > _LISTED else ""
+            listed = some((f"{name}: {why}" for name, why in self.excluded.items()), between="\n  ")
             lines.append(
-                f"{len(self.excluded)} of {total} images cannot be read and are in none of these numbers:{first}{more}"
+                f"{len(self.excluded)} of {total} images cannot be read and are in none of these numbers:\n  {listed}"
             )
-        return "\n".join([*lines, self._table(), f"{self.folder}: {EVALUATION_JSON}, {CONFUSION}"])
+        lines.append(self._table())
+        if self.folder is not None:
+            lines.append(f"{printable(self.folder)}: {EVALUATION_JSON}, {CONFUSION}")
+        return "\n".join(lines)
 
     def _table(self) -> str:
         rows = [row for row in per_class(self.scores.confusion, self.images.classes) if row["images"]]
@@ -78,14 +75,27 @@ class Evaluation:
         if len(rows) > _TABLE_CLASSES:
             note.append(f"the {_TABLE_CLASSES} worst of {len(rows)} classes; all are in {EVALUATION_JSON}")
             rows = sorted(rows, key=lambda row: row["recall_frac"])[:_TABLE_CLASSES]
+        rows = [{**row, "class": _cut(row["class"])} for row in rows]
         width = max(len("class"), *(len(row["class"]) for row in rows))
         lines = [f"{'class':{width}}  {'images':>7}  {'right':>7}  {'top-1':>6}  most often taken for"]
         for row in rows:
             taken = row["most_often_taken_for"]
-            wrong = "" if taken is None else f"{taken['class']} ({taken['images']})"
+            wrong = "" if taken is None else f"{_cut(taken['class'])} ({taken['images']})"
             line = f"{row['class']:{width}}  {row['images']:>7}  {row['right']:>7}  {row['recall_frac']:>6.1%}  {wrong}"
             lines.append(line.rstrip())
         return "\n".join([*lines, *note])
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _COLUMN else name[: _COLUMN - 1] + "…"
+
+
+class NotWritten(BadRun):
+    """An evaluation was computed and cannot be written; `found` has its numbers."""
+
+    def __init__(self, message: str, found: Evaluation) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 def evaluate_run(
@@ -108,7 +118,8 @@ def evaluate_run(
     exclude_bad   leave out images that cannot be read, and say how many; otherwise one is an error. Every image is read
                   twice then
     Under torchrun the ranks share the images; each gets the result, rank 0 writes it. Raises BadRun (run, folder),
-    BadData (the images or their classes do not fit the run), BadImage.
+    BadData (the images or their classes do not fit the run), BadImage; NotWritten, with the result, where it cannot be
+    written in the end. Of two evaluations at once each gets a folder of its own.
     """
     with Ranks() as ranks:
         with ranks.together():
@@ -118,7 +129,8 @@ def evaluate_run(
                 images, how = own_images(opened.record)
             else:
                 images, how = images_of(data, opened.record)
-            folder = choose_folder(out, "evaluation") if out is not None else next_numbered(opened.folder, "evaluation")
+            if out is not None:
+                choose_folder(out, "evaluation")
         excluded: dict[str, str] = {}
         if exclude_bad:
             with ranks.together():
@@ -144,59 +156,65 @@ def evaluate_run(
             raise
         if not math.isfinite(scores.loss):
             raise BadRun(f"the loss of {run} on {data or 'its held-out images'} is {scores.loss}: {how}")
-        found = Evaluation(scores, images, how, excluded, folder)
+        found = Evaluation(scores, images, how, excluded, None)
+        written: str | None = None
         with ranks.together():
             if ranks.first:
-                _write(found, opened, Path(run), data)
-        return found
+                written = str(_write(found, opened, Path(run), data, out))
+        return replace(found, folder=Path(ranks.all(written)[0]))
 
 
-def per_class(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
+def per_class(confusion: Confusion, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One dict a class: class, images, right, recall_frac, precision_frac, most_often_taken_for {class, images}.
 
-    Fractions of nothing are None.
+    Fractions of nothing are None. Names are as `printable` writes them.
 
-    >>> per_class([[3, 1], [0, 0]], ["cat", "dog"])[0]["most_often_taken_for"]
-    {'class': 'dog', 'images': 1}
+    >>> per_class(Confusion.of(2, [(0, 0), (0, 1), (0, 1)]), ["cat", "dog"])[0]["most_often_taken_for"]
+    {'class': 'dog', 'images': 2}
     """
+    names = [printable(name) for name in classes]
+    of_label, of_predicted = confusion.sums()
+    most: dict[int, tuple[int, int]] = {}
+    for label, predicted, count in confusion.mistakes():
+        most.setdefault(label, (predicted, count))
     rows = []
-    for label, row in enumerate(confusion):
-        n, right, named = sum(row), row[label], sum(other[label] for other in confusion)
-        wrong = {i: count for i, count in enumerate(row) if i != label and count}
-        most = max(wrong, key=wrong.__getitem__) if wrong else None
+    for label, (n, named) in enumerate(zip(of_label, of_predicted, strict=True)):
+        right = confusion.cells.get((label, label), 0)
+        taken_for, count = most.get(label, (None, 0))
         rows.append(
             {
-                "class": classes[label],
+                "class": names[label],
                 "images": n,
                 "right": right,
                 "recall_frac": right / n if n else None,
                 "precision_frac": right / named if named else None,
-                "most_often_taken_for": None if most is None else {"class": classes[most], "images": wrong[most]},
+                "most_often_taken_for": None if taken_for is None else {"class": names[taken_for], "images": count},
             }
         )
     return rows
 
 
-def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | None) -> None:
+def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | None, out: str | Path | None) -> Path:
+    """Write both files; gives their folder. Raises NotWritten."""
     scores, names, labels = found.scores, found.images.names, found.images.labels
     wrong = [k for k in sorted(range(scores.n), key=lambda k: -scores.losses[k]) if _wrong(found, k)]
     content = {
-        "run": str(run_folder),
+        "run": printable(run_folder),
         "model": run.record["recipe"]["model"],
-        "data": str(data if data is not None else run.record["data"]["source"]),
-        "how": found.how,
+        "data": printable(data if data is not None else run.record["data"]["source"]),
+        "how": printable(found.how),
         "n": scores.n,
         "top1_frac": scores.top1_frac,
         "top5_frac": scores.top5_frac,
         "loss": scores.loss,
-        "excluded": [{"name": name, "reason": why} for name, why in found.excluded.items()],
+        "excluded": [{"name": printable(name), "reason": printable(why)} for name, why in found.excluded.items()],
         "classes": per_class(scores.confusion, run.classes),
-        "confusion": scores.confusion,
+        "confusion": scores.confusion.json(),
         "mistakes": [
             {
-                "name": names[scores.ids[k]],
-                "label": run.classes[int(labels[scores.ids[k]])],
-                "predicted": run.classes[scores.predicted[k]],
+                "name": printable(names[scores.ids[k]]),
+                "label": printable(run.classes[int(labels[scores.ids[k]])]),
+                "predicted": printable(run.classes[scores.predicted[k]]),
                 "loss": scores.losses[k],
             }
             for k in wrong
@@ -204,11 +222,36 @@ def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | Non
     }
     picture = confusion_png(scores.confusion, run.classes, f"{run.record['recipe']['model']}: {scores}")
     try:
-        found.folder.mkdir(parents=True, exist_ok=True)
-        write_json(found.folder / EVALUATION_JSON, content)
-        write_atomically(found.folder / CONFUSION, picture)
-    except OSError as error:
-        raise BadRun(f"{found.folder} cannot be written ({error}): give another --out") from error
+        with _taken(run.folder, out) as folder:
+            write_json(folder / EVALUATION_JSON, content)
+            write_atomically(folder / CONFUSION, picture)
+            return folder
+    except (OSError, BadRun) as error:
+        where = run.folder if out is None else out
+        raise NotWritten(
+            f"nothing of this evaluation is written to {where} ({error}): give another --out", found
+        ) from error
+
+
+@contextlib.contextmanager
+def _taken(run_folder: Path, out: str | Path | None) -> Iterator[Path]:
+    """A folder that this evaluation alone writes in: the next evaluation-N, or `out`. Raises BadRun, OSError."""
+    if out is None:
+        folder = next_numbered(run_folder, "evaluation")
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):  # it stays where one of the files is in it
+                folder.rmdir()
+            raise
+        return
+    os.makedirs(out, exist_ok=True)
+    opened = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        lock(opened, out, wait=True)
+        yield choose_folder(out, "evaluation")  # still empty, now that no other may write in it
+    finally:
+        os.close(opened)
 
 
 def _wrong(found: Evaluation, k: int) -> bool:
@@ -263,10 +306,6 @@ def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
 
 
 def _refuse_unknown(found: Sequence[str], classes: Sequence[str], where: str) -> None:
-    def some(names: Sequence[str]) -> str:
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return ", ".join(names[:_LISTED]) + more
-
     known = set(classes)
     if unknown := [name for name in found if name not in known]:
         raise BadData(
@@ -287,7 +326,8 @@ class _Chosen(Images):
 
 
 def _chosen(source: Images, ids: Sequence[int], classes: Sequence[str]) -> Images:
-    label_of = [list(classes).index(name) if name in classes else -1 for name in source.classes]
+    position = {name: i for i, name in enumerate(classes)}
+    label_of = [position.get(name, -1) for name in source.classes]
     labels = [label_of[int(source.labels[i])] for i in ids]
     return _Chosen(tuple(classes), [source.names[i] for i in ids], labels, source, ids)
 
@@ -363,13 +403,13 @@ def write_report(
             scores = evaluate(run.model.to(device), batches, classes=len(run.classes), device=device)
         except (BadRun, BadData, BadImage, ImportError) as error:
             notes.append(f"No evaluation of the weights: {error}")
-    confusion = scores.confusion if scores is not None else (record.get("result") or {}).get("confusion")
+    confusion = scores.confusion if scores is not None else None
+    if confusion is None and record.get("result"):
+        confusion = Confusion.read(record["result"]["confusion"], len(record["classes"]))
     mistakes: list[Mistake] = []
     if scores is not None and images is not None:
         mistakes = _worst(scores, images)
-    bad = 0
-    if (folder / BAD_SAMPLES).is_file():
-        bad = (folder / BAD_SAMPLES).read_bytes().count(b"\n")
+    bad = sum(line.endswith(b"\n") for line in _lines(folder / BAD_SAMPLES))
     steps = _losses(folder / LOG)
     text = page(
         record, scores=scores, confusion=confusion, mistakes=mistakes, notes=notes, steps=steps, bad_samples=bad
@@ -381,13 +421,24 @@ def write_report(
     return folder / REPORT
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that a run appends to, as far as they can be read; a pipe, say, has none."""
+    with contextlib.suppress(OSError), open_file(path) as file:
+        left = _LINES_BYTES
+        while left > 0 and (line := file.readline(_LINE_BYTES)):
+            left -= len(line)
+            yield line
+
+
 def _losses(path: Path) -> list[tuple[int, float]]:
     """(step, loss) of the lines of log.jsonl that have them; a line that a kill cut short has not."""
     found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            found.append((int(row["step"]), row["loss"] + 0.0))  # a loss that is not finite is text there
+    for line in _lines(path):
+        with contextlib.suppress(ValueError, OverflowError):
+            row = json_object(line)
+            step, loss = field(row, "step", int), field(row, "loss", float)  # one that is not finite is text there
+            if math.isfinite(loss) and 0 <= step < 2**53:
+                found.append((step, loss))
     return found
 
 

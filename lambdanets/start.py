@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
+import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import torch
 
 from lambdanets import data as images_on_disk
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BAD_SAMPLES, RUN_JSON, BadRun, choose_folder, need, versions
+from lambdanets.checkpoint import BAD_SAMPLES, BadRun, check_weights, choose_folder, need, versions
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
 from lambdanets.errors import printable
 from lambdanets.files import to_stderr, write_json
 from lambdanets.learner import create, train_mode
 from lambdanets.recipes import BadRecipe, Options, Recipe
+from lambdanets.record import RUN_JSON, read_record, recipe_of
 from lambdanets.steps import LEFT_AT_THE_START
 from lambdanets.watchdog import Watchdog
 
@@ -51,13 +53,14 @@ class Start:
             self.record.pop("error", None)
         if began_from is not None:
             self.record["init_from"] = {"source": began_from["source"], "sha256": began_from["sha256"]}
-            print(began_from["said"])
+            print(printable(began_from["said"]))
         try:
             write_json(self.folder / RUN_JSON, self.record)
         except OSError as error:
             raise BadRun(f"--out {self.folder} cannot be written ({error}): name another folder") from error
         found = self.record["data"]
-        print(found["how"] + "".join(f"; ignored {count}: {why}" for why, (count, _) in found["ignored"].items()))
+        ignored = found.get("ignored", {}).items()
+        print(printable(found["how"] + "".join(f"; ignored {count}: {why}" for why, (count, _) in ignored)))
 
 
 def look(
@@ -73,14 +76,18 @@ def look(
     options: Options,
     ranks: Ranks,
     watch: Watchdog,
+    made: contextlib.ExitStack,
 ) -> Start:
-    """Everything that `train` needs, or its errors; arguments as there. Only reads."""
+    """Everything that `train` needs, or its errors; arguments as there. Only reads, but for a folder runs/NAME-N, whose
+    name is taken: where nothing gets into it, `made` removes it again."""
     _refuse_differences(recipe, data, seed, resume, init_from, options, ranks)
     folder: Path | None = None
     old: dict[str, Any] | None = None
     with ranks.together(), watch.working():
         if ranks.first:
             folder, old = _place(out, recipe, seed, resume, init_from)
+            if out is None:
+                made.callback(_remove_if_empty, folder)
         _check_extras(digits=data is None, tensorboard=options.tensorboard)
         where = choose_device(device, ranks)
         train_images, val_images, how, ignored = _read_data(data)
@@ -184,6 +191,11 @@ def _say_what_was_replaced(then: Any, now: dict[str, Any], place: str) -> None:
         )
 
 
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.removedirs(folder)
+
+
 def _place(
     out: str | Path | None, recipe: Recipe, seed: int, resume: bool, init_from: str | Path | None
 ) -> tuple[Path, dict[str, Any] | None]:
@@ -194,14 +206,14 @@ def _place(
         if not resume or out is None:
             return choose_folder(out, recipe.name), None
         folder = Path(out)
-        if not (folder / RUN_JSON).is_file():
+        if not os.path.lexists(folder / RUN_JSON):
             held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
             begun = held and all(re.fullmatch(LEFT_AT_THE_START, name) for name in held)
             return (folder if begun else choose_folder(out, recipe.name)), None
     except OSError as error:
         raise BadRun(f"--out {printable(out)} cannot be used ({error.strerror}): name another folder") from error
     old = read_record(folder)
-    differing = recipe.differences(Recipe.from_json(old["recipe"]))
+    differing = recipe.differences(recipe_of(old))
     if old["seed"] != seed:
         differing.append(f"seed {old['seed']}, not {seed}")
     was_from = (old.get("init_from") or {}).get("source")
@@ -209,21 +221,9 @@ def _place(
         differing.append(f"init_from {was_from}, not {init_from}")
     if differing:
         raise BadRun(f"--resume: the run in {folder} has {'; '.join(differing)}. Give the same, or another --out")
+    if old["status"] == "finished":  # nothing is computed any more: the weights that it tells of must be there
+        check_weights(folder)
     return folder, old
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The run.json of a run, finished or not. Raises BadRun where it is none."""
-    path = Path(folder) / RUN_JSON
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        Recipe.from_json(record["recipe"])
-        record["seed"], record["status"], record["data"]["source"]
-    except OSError as error:
-        raise BadRun(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadRun(f"{path} is not the record of a run: {error!r}") from error
-    return record
 
 
 def recorded(folder: str | Path) -> tuple[Recipe, str | None, int, str | None] | None:
@@ -231,12 +231,12 @@ def recorded(folder: str | Path) -> tuple[Recipe, str | None, int, str | None] |
 
     Raises BadRun where its run.json cannot be read.
     """
-    if not (Path(folder) / RUN_JSON).is_file():
+    if not os.path.lexists(Path(folder) / RUN_JSON):
         return None
     record = read_record(folder)
     source = record["data"]["source"]
     init_from = (record.get("init_from") or {}).get("source")
-    return Recipe.from_json(record["recipe"]), None if source == _DIGITS else source, record["seed"], init_from
+    return recipe_of(record), None if source == _DIGITS else source, record["seed"], init_from
 
 
 def choose_device(device: str, ranks: Ranks | None = None) -> torch.device:

@@ -30,7 +30,8 @@ from lambdanets import optim
 from lambdanets.batches import Batch
 from lambdanets.checkpoint import CURVES, RUN_JSON, WEIGHTS, save_weights, versions
 from lambdanets.distributed import Ranks, lost_reader
-from lambdanets.evaluate import EvaluationStopped, Scores, evaluate
+from lambdanets.errors import printable
+from lambdanets.evaluate import Confusion, EvaluationStopped, Scores, evaluate
 from lambdanets.files import to_stderr, write_atomically, write_json
 from lambdanets.learner import Gradients, Learner, train_mode
 from lambdanets.log import Log
@@ -56,7 +57,8 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.scores} after {self.seconds:.0f} s\n{self.folder}: {WEIGHTS}, {RUN_JSON}, {CURVES}, {REPORT}"
+        files = f"{WEIGHTS}, {RUN_JSON}, {CURVES}, {REPORT}"
+        return f"{self.scores} after {self.seconds:.0f} s\n{printable(self.folder)}: {files}"
 
 
 @dataclass
@@ -112,6 +114,7 @@ def train(
     options = options or Options()
     ranks = Ranks(watched=True)
     with (
+        contextlib.ExitStack() as made,
         Watchdog(hang_timeout_s=options.hang_timeout_s, words=ranks.words, tell=ranks.tell) as watch,
         ranks,
         contextlib.ExitStack() as opened,
@@ -121,11 +124,11 @@ def train(
                 watch.beat()
                 start = look(
                     recipe, data, out=out, seed=seed, device=device, workers=workers, resume=resume,
-                    init_from=init_from, options=options, ranks=ranks, watch=watch,
+                    init_from=init_from, options=options, ranks=ranks, watch=watch, made=made,
                 )  # fmt: skip
                 if start.old is not None and start.old["status"] == "finished":
                     if ranks.first:
-                        print(f"{start.folder} is finished: there is nothing to go on with")
+                        print(f"{printable(start.folder)} is finished: there is nothing to go on with")
                     return _result_of(start.folder, start.old)
                 cuda = [start.device] if start.device.type == "cuda" else []
                 opened.enter_context(torch.random.fork_rng(devices=cuda))  # the caller's randomness stays
@@ -228,7 +231,8 @@ class _Run:
                 begins = "has no checkpoint to go on from and starts at its first step" if asked else "starts"
             on = self.learner.device if self.ranks.ranks == 1 else f"{self.ranks.ranks} processes"
             print(
-                f"{recipe.model}, {recipe.image_px} px, {recipe.epochs} epochs on {on}: {self.folder} {begins}",
+                f"{recipe.model}, {recipe.image_px} px, {recipe.epochs} epochs on {on}: "
+                f"{printable(self.folder)} {begins}",
                 flush=True,
             )
             self.record["starts"].append({"step": at.step, "ranks": self.ranks.ranks, "versions": versions()})
@@ -506,7 +510,7 @@ class _Run:
             "seconds": round(seconds, 1),
             "bad_train_images": len(bad),
             "left_out_steps": self.at.left_out,
-            "confusion": scores.confusion,
+            "confusion": scores.confusion.json(),
         }
         stopped = False
         with self.ranks.together():
@@ -530,5 +534,6 @@ class _Run:
 def _result_of(folder: Path, record: dict[str, Any]) -> Result:
     found = record["result"]
     top5 = found["top5_frac"]
-    scores = Scores(found["n"], found["top1_frac"], top5, found["loss"], found["confusion"], ids=[], predicted=[])
+    confusion = Confusion.read(found["confusion"], len(record["classes"]))
+    scores = Scores(found["n"], found["top1_frac"], top5, found["loss"], confusion, ids=[], predicted=[])
     return Result(folder, scores, record["history"], found["seconds"])

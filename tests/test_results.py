@@ -23,7 +23,7 @@ from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import BadRun, open_run, save_weights
 from lambdanets.cli import main
 from lambdanets.data import BadData, BadImage
-from lambdanets.evaluate import evaluate
+from lambdanets.evaluate import Confusion, evaluate
 from lambdanets.files import write_json
 from lambdanets.pack import pack
 from lambdanets.recipes import choose
@@ -135,7 +135,7 @@ def test_the_numbers_are_those_of_one_image_after_another(made, workers):
 
 
 def test_the_table_by_class_counts_labels_guesses_and_the_commonest_mistake():
-    rows = per_class([[5, 1, 2], [0, 0, 0], [1, 0, 3]], ["a", "b", "c"])
+    rows = per_class(Confusion.read([[5, 1, 2], [0, 0, 0], [1, 0, 3]], 3), ["a", "b", "c"])
     assert [row["recall_frac"] for row in rows] == [5 / 8, None, 3 / 4]
     assert [row["precision_frac"] for row in rows] == [5 / 6, 0.0, 3 / 5]
     assert [row["most_often_taken_for"] for row in rows] == [
@@ -189,10 +189,10 @@ def test_r46_ranks_share_the_images_and_each_counts_once(made):
 
 
 def test_r61_an_empty_class_folder_moves_no_label(made):
-    before = evaluate_run(made / "run", made / "photos", device=CPU).scores.confusion
+    before = evaluate_run(made / "run", made / "photos", device=CPU).scores.confusion.dense()
     for path in (made / "photos" / "val" / "bee").iterdir():
         path.unlink()
-    after = evaluate_run(made / "run", made / "photos", device=CPU).scores.confusion
+    after = evaluate_run(made / "run", made / "photos", device=CPU).scores.confusion.dense()
     bee = open_run(made / "run").classes.index("bee")
     assert sum(after[bee]) == 0
     assert [row for i, row in enumerate(after) if i != bee] == [row for i, row in enumerate(before) if i != bee]
@@ -214,9 +214,9 @@ def test_classes_are_matched_by_name_in_any_folder(layout, made, tmp_path):
     (other / "cat" / "alone").mkdir()
     shutil.copytree(made / "photos" / "val" / "cat", other / ".hidden")
     found = evaluate_run(made / "run", tmp_path / "other", device=CPU)
-    whole = evaluate_run(made / "run", made / "photos", device=CPU).scores.confusion
+    whole = evaluate_run(made / "run", made / "photos", device=CPU).scores.confusion.dense()
     classes = open_run(made / "run").classes
-    rows = {classes[i]: row for i, row in enumerate(found.scores.confusion) if sum(row)}
+    rows = {classes[i]: row for i, row in enumerate(found.scores.confusion.dense()) if sum(row)}
     assert rows == {name: whole[classes.index(name)] for name in ("cat", "fox")}
     assert "all 18 images of" in found.how
     assert "ignored (hidden or system): " in found.how
@@ -291,7 +291,7 @@ def test_r51_excluded_images_are_in_no_number_and_the_denominator_is_shown(worke
     assert found.scores.n == 61
     assert "2 of 63 images cannot be read and are in none of these numbers" in str(found)
     assert sorted(found.excluded) == ["val/ant/0.png", "val/eel/4.png"]
-    assert {c: sum(row) for c, row in zip(found.images.classes, found.scores.confusion, strict=True)} == {
+    assert {c: sum(row) for c, row in zip(found.images.classes, found.scores.confusion.dense(), strict=True)} == {
         c: 8 if c in ("ant", "eel") else 9 for c in CLASSES
     }
     names = {found.images.names[i] for i in found.scores.ids}
@@ -420,7 +420,7 @@ def test_a_page_is_of_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(BadRun, match="is not the record of a run"):
+    with pytest.raises(BadRun, match="is not a run of lambdanets"):
         write_report(tmp_path)
 
 
@@ -435,6 +435,6 @@ def test_a_big_thumbnail_is_small_and_a_run_without_mistakes_says_so(made):
     (mistake,) = _worst(dataclasses.replace(scores, predicted=wrong_first), images)
     with Image.open(io.BytesIO(mistake.picture)) as shown:
         assert (shown.format, shown.size) == ("JPEG", (112, 37))
-    right = dataclasses.replace(scores, predicted=predicted, confusion=torch.diag(torch.full((7,), 9)).tolist())
+    right = dataclasses.replace(scores, predicted=predicted, confusion=Confusion(7, {(i, i): 9 for i in range(7)}))
     seen = Page(write_report(made / "run", record_of(made / "run"), right, images).read_text())
     assert "None: all 63 held-out images are right." in seen.text

@@ -174,7 +174,7 @@ def test_each_image_is_counted_once_whatever_the_batch(batch_images):
     want = torch.zeros(7, 7, dtype=torch.int64)
     for label, level in zip(labels, levels, strict=True):
         want[label, level] += 1
-    assert scores.confusion == want.tolist()
+    assert scores.confusion.dense() == want.tolist()
     logits = model(torch.tensor(levels).float()[:, None, None, None].expand(-1, 1, 4, 4) / 255)
     assert scores.loss == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
     assert str(scores) == "8 of 11 right: top-1 72.73%, top-5 90.91%"
@@ -236,7 +236,7 @@ def test_a_run_leaves_weights_numbers_and_a_picture(colours, tmp_path):
     assert record["history"] == result.history
     assert record["result"]["n"] == result.scores.n == 9
     assert record["result"]["top1_frac"] == result.scores.top1_frac
-    assert record["result"]["confusion"] == result.scores.confusion
+    assert record["result"]["confusion"] == result.scores.confusion.json()
 
     model = lambdanets.create_model("lambda_resnet_tiny", num_classes=3, drop_rate=0.2)
     model.load_state_dict(weights_of(folder))  # strict
