@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, fx, nn
 
 from .ops import STRATEGIES, Problem, lambda_op
@@ -85,7 +84,6 @@ def mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str], 
     return "\n".join(lines)
 
 
-@register_notrace_module
 class LambdaLayer(StrictLoading):
     """Replaces a convolution or an attention: each pixel's context becomes a linear function, applied to its query.
 
@@ -368,7 +366,6 @@ class LambdaLayer(StrictLoading):
         return ", ".join(parts)
 
 
-@register_notrace_module
 class LambdaLayer1d(LambdaLayer):
     """`LambdaLayer` on sequences (b, dim, length), with `causal=True` for autoregressive order; scope and size are 1-D.
 
@@ -383,7 +380,6 @@ class LambdaLayer1d(LambdaLayer):
     ndim: ClassVar[int] = 1
 
 
-@register_notrace_module
 class LambdaLayer3d(LambdaLayer):
     """`LambdaLayer` on volumes or video (b, dim, T, H, W); scope and size have three sides.
 

@@ -14,16 +14,20 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
+    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import LambdaLayer, StrictLoading
+from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d, StrictLoading
 
 __all__ = ["SIZES", "Bottleneck", "LambdaResNet", "Size", "create_model", "list_models"]  # timm adds the names
 
 EXPANSION = 4
+
+for _kind in (LambdaLayer, LambdaLayer1d, LambdaLayer3d):  # one call to timm's tracers; layer.py imports no timm
+    register_notrace_module(_kind)
 
 
 @dataclass(frozen=True)
