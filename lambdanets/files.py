@@ -11,10 +11,12 @@ import contextlib
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import secrets
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,3 +226,34 @@ def field(held: Any, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
         raise ValueError(f"its {key!r} is {str(found)[:60]!r} and should be {names}")
     return found
+
+
+# ---- processes that read
+
+
+def end_with_parent() -> None:
+    """To be called first in a process that reads for another: it ends within seconds of that one, however that ends.
+
+    A thread looks once a second, in whatever state the others are. The system's own way (PR_SET_PDEATHSIG of Linux)
+    would fire as soon as the thread ends that started this process, while the program goes on.
+    """
+    started_by, parent = os.getppid(), multiprocessing.parent_process()
+
+    def gone() -> bool:
+        if os.getppid() != started_by:
+            return True
+        try:
+            if parent is not None and parent.pid is not None:  # it may have gone before this process looked first
+                os.kill(parent.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+    def watch() -> None:
+        while not gone():
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
