@@ -4,9 +4,13 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
+from conftest import until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -197,3 +201,40 @@ def test_a_field_is_of_the_kind_that_was_asked_for_or_refused(value, kind):
     else:
         assert found == value
         assert type(found) in (kind if isinstance(kind, tuple) else (kind,))
+
+
+def _reading(place, ignores_signals):
+    if ignores_signals:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    files.end_with_parent()
+    (place / str(os.getpid())).touch()
+    time.sleep(300)
+
+
+def _a_program(kind, place):
+    """Starts three processes that read, the last of them in a thread that ends."""
+    context = multiprocessing.get_context(kind)
+    readers = [context.Process(target=_reading, args=(place, number == 1)) for number in range(3)]
+    starter = threading.Thread(target=readers[2].start)
+    for start in (readers[0].start, readers[1].start, starter.start, starter.join):
+        start()
+    time.sleep(300)
+
+
+def runs(pid):
+    """Whether there is such a process, and not only its exit code, which nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver"])
+def test_a_process_that_reads_is_gone_soon_after_a_kill_of_the_one_that_started_it(kind, children, tmp_path):
+    program = children.start(_a_program, kind, tmp_path)
+    until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 3)
+    pids = [path.name for path in tmp_path.glob("[0-9]*")]
+    time.sleep(1.5)
+    assert all(map(runs, pids))
+    os.kill(program.pid, signal.SIGKILL)
+    until(lambda: not any(map(runs, pids)), timeout_s=10)
