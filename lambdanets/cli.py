@@ -26,7 +26,11 @@ from lambdanets.recipes import BatchNorm, Options, Precision, RecipeName
 if TYPE_CHECKING:
     from lambdanets.train import Result
 
-_CHANGES = ("epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision")
+_CHANGES = (
+    "epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision",
+    "flip_frac", "min_crop_frac", "randaugment_ops", "randaugment_magnitude", "erase_frac", "mixup_alpha",
+    "cutmix_alpha", "label_smoothing",
+)  # fmt: skip
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 some images could not be predicted, 2 wrong argument, data, run or device, "
     "3 the loss was not finite, 4 nothing moved for --hang-timeout-s, 5 a process of the run (another rank, one that "
@@ -163,10 +167,12 @@ def _train(given: Namespace) -> int:
 
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
+    how["allow_sources"] = given.allow_source
     asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small", *_CHANGES)
-    again = given.resume and given.out is not None and not any(given[name] for name in asked)
+    told = any(given[name] is not None and given[name] is not False for name in asked)  # a 0 tells something
+    again = given.resume and given.out is not None and not told
     try:
-        run = recorded(given.out) if again else None
+        run = recorded(given.out, given.allow_source) if again else None
     except OSError as error:
         raise BadRun(f"--out {given.out} cannot be read ({error.strerror})") from error
     if run is not None:  # the same, without being told
@@ -224,6 +230,7 @@ def _evaluate(given: Namespace) -> int:
             workers=given.workers,
             device=choose_device(given.device, Ranks()),
             exclude_bad=given.exclude_bad,
+            allow_sources=given.allow_source,
         )
     except NotWritten as error:  # all is computed: first the numbers
         print(error.found, flush=True)
@@ -237,7 +244,13 @@ def _report(given: Namespace) -> int:
     from lambdanets.results import write_report
     from lambdanets.start import choose_device
 
-    print(printable(write_report(given.run, device=choose_device(given.device), workers=given.workers)))
+    print(
+        printable(
+            write_report(
+                given.run, device=choose_device(given.device), workers=given.workers, allow_sources=given.allow_source
+            )
+        )
+    )
     return 0
 
 
@@ -305,6 +318,14 @@ def _parser() -> ArgumentParser:
     train.add_argument("--clip-norm", type=NonNegativeFloat, help="largest norm of the gradient; 0: any")
     train.add_argument("--batch-norm", type=BatchNorm, help="statistics: of a process, of all, or as they are")
     train.add_argument("--precision", type=Precision, help="auto: bfloat16 on a GPU, float32 on a CPU")
+    train.add_argument("--flip-frac", type=float, help="of the images; 0 where left and right tell classes apart")
+    train.add_argument("--min-crop-frac", type=float, help="smallest random crop, a part of the image's area; 1: all")
+    train.add_argument("--randaugment-ops", type=int, help="RandAugment operations an image; 0: none")
+    train.add_argument("--randaugment-magnitude", type=int, help="their level, 3 to 15")
+    train.add_argument("--erase-frac", type=float, help="of the images: a random rectangle of them is erased")
+    train.add_argument("--mixup-alpha", type=float, help="0: no mixup; 0.2 is usual")
+    train.add_argument("--cutmix-alpha", type=float, help="0: no cutmix; 1 is usual")
+    train.add_argument("--label-smoothing", type=float, help="share of the target spread over all classes")
     train.add_argument("--init-from", type=str, metavar="WEIGHTS", help="first weights: safetensors, RUN or RUN/step-N")
     train.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     train.add_argument("--out", type=str, metavar="RUN", help="a new folder (without it: the next runs/NAME-NUMBER)")
@@ -326,6 +347,7 @@ def _parser() -> ArgumentParser:
     train.add_argument("--compile-model", action="store_true", help="torch.compile")
     train.add_argument("--recompute", action="store_true", help="activations, in the backward pass: less memory")
     train.add_argument("--fsdp", action="store_true", help="divide the state among the processes instead of copying it")
+    _allow_source(train)
     train.add_argument("--seed", type=NonNegativeInt, help="two runs with one seed are equal on a CPU (default: 0)")
     train.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
     commands.add_subcommand("train", train, help="train on a folder of images, or on handwritten digits")
@@ -355,6 +377,7 @@ def _parser() -> ArgumentParser:
         "--exclude-bad", action="store_true", help="leave out images that cannot be read, and say so; else an error"
     )
     evaluate.add_argument("--out", type=str, metavar="NEW", help="a new folder (without it: RUN/evaluation-NUMBER)")
+    _allow_source(evaluate)
     _workers_and_device(evaluate)
     commands.add_subcommand("evaluate", evaluate, help="a run's accuracy on a folder of images")
 
@@ -363,6 +386,7 @@ def _parser() -> ArgumentParser:
         epilog=_EXIT_CODES,
     )
     report.add_argument("run", type=str, metavar="RUN", help="the folder of a run, finished or not")
+    _allow_source(report)
     _workers_and_device(report)
     commands.add_subcommand("report", report, help="curves, mistakes and speed of a run in one HTML file")
 

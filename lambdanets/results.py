@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lambdanets import data as images_on_disk
+from lambdanets.archive import check_source
 from lambdanets.batches import Batches
 from lambdanets.checkpoint import BAD_SAMPLES, BadRun, Run, choose_folder, need, next_numbered, open_run
 from lambdanets.data import BadData, BadImage, Images
@@ -24,7 +25,7 @@ from lambdanets.evaluate import Confusion, Scores, evaluate
 from lambdanets.files import field, json_object, lock, open_file, write_atomically, write_json
 from lambdanets.log import LOG
 from lambdanets.page import Mistake, page, thumbnail
-from lambdanets.record import read_record
+from lambdanets.record import RUN_JSON, read_record
 from lambdanets.report import confusion_png
 from lambdanets.shards import is_shards
 
@@ -107,6 +108,7 @@ def evaluate_run(
     workers: int = 0,
     device: torch.device,
     exclude_bad: bool = False,
+    allow_sources: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate a run's weights on a folder of images, each counted once, and write the numbers and the picture.
 
@@ -115,6 +117,7 @@ def evaluate_run(
     out           a new or empty folder; None: the next RUN/evaluation-N
     batch_images  images a batch; None: the recipe's. It changes memory and time, not the counts
     workers       processes that read images
+    allow_sources URLs that the run or a manifest may name, besides `data`
     exclude_bad   leave out images that cannot be read, and say how many; otherwise one is an error. Every image is read
                   twice then
     Under torchrun the ranks share the images; each gets the result, rank 0 writes it. Raises BadRun (run, folder),
@@ -126,9 +129,9 @@ def evaluate_run(
             _need_matplotlib(CONFUSION)
             opened = open_run(run)
             if data is None:
-                images, how = own_images(opened.record)
+                images, how = own_images(opened.record, opened.folder / RUN_JSON, allow_sources)
             else:
-                images, how = images_of(data, opened.record)
+                images, how = images_of(data, opened.record, allow_sources)
             if out is not None:
                 choose_folder(out, "evaluation")
         excluded: dict[str, str] = {}
@@ -261,13 +264,14 @@ def _wrong(found: Evaluation, k: int) -> bool:
 # --- which images ----------------------------------------------------------------------------------------------------
 
 
-def own_images(record: dict[str, Any]) -> tuple[Images, str]:
+def own_images(record: dict[str, Any], by: str | Path, allow_sources: Sequence[str] = ()) -> tuple[Images, str]:
     """The images that a run held out, from where they were, and a sentence. Raises BadData where they have changed."""
     found = record["data"]
     if found["source"] == "scikit-learn digits":
         images = images_on_disk.digits()[1]
     else:
-        images = images_on_disk.folder(found["source"]).val
+        check_source(found["source"], allow_sources, str(by))
+        images = images_on_disk.folder(found["source"], allow_sources=allow_sources).val
     fingerprint = _val_fingerprint(record)
     same = len(images) == found["val_images"] and list(images.classes) == record["classes"]
     if not same or fingerprint not in (None, images.fingerprint()):
@@ -278,7 +282,7 @@ def own_images(record: dict[str, Any]) -> tuple[Images, str]:
     return images, f"the {len(images):,} images that the run held out, of {found['source']}"
 
 
-def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
+def images_of(data: str | Path, record: dict[str, Any], allow_sources: Sequence[str] = ()) -> tuple[Images, str]:
     """The images of a folder that a run is judged by, labelled with its classes by name, and a sentence on them.
 
     data  what the run was trained on, known by its place or by its fingerprint: the part that it held out.
@@ -290,7 +294,7 @@ def images_of(data: str | Path, record: dict[str, Any]) -> tuple[Images, str]:
     own = record["data"]["source"] == images_on_disk.absolute(data)
     divided: Images | None = None
     try:
-        divided = images_on_disk.folder(data).val
+        divided = images_on_disk.folder(data, allow_sources=allow_sources).val
     except BadData:  # fit for no training: one class, say
         if own or not root.is_dir() or is_shards(data):
             raise
@@ -379,6 +383,7 @@ def write_report(
     *,
     device: torch.device | None = None,
     workers: int = 0,
+    allow_sources: Sequence[str] = (),
 ) -> Path:
     """Write RUN/report.html: one file that needs no network and runs no script. Gives its path.
 
@@ -386,7 +391,7 @@ def write_report(
     record   its run.json; None: read from the folder
     scores   of `images`, the held-out ones, by the weights in the folder. None: they are computed, if the folder has
              weights and the images are still there; if not, the page says why it lacks them
-    device, workers   for that
+    device, workers, allow_sources   for that, as in `evaluate_run`
     Raises BadRun where the folder is no run's, or cannot be written.
     """
     folder, notes = Path(folder), []
@@ -396,7 +401,7 @@ def write_report(
     if scores is None:
         try:
             run = open_run(folder)
-            images, _ = own_images(record)
+            images, _ = own_images(record, folder / RUN_JSON, allow_sources)
             size = record["recipe"]["eval_batch_images"]
             batches = Batches(images, run.view, batch_images=size, training=False, workers=workers)
             device = device or torch.device("cpu")

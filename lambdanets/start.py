@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from lambdanets import data as images_on_disk
+from lambdanets.archive import check_source
 from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import BAD_SAMPLES, BadRun, check_weights, choose_folder, need, versions
 from lambdanets.data import Images
@@ -75,6 +77,7 @@ def look(
     init_from: str | Path | None,
     options: Options,
     ranks: Ranks,
+    allow_sources: Sequence[str],
     watch: Watchdog,
     made: contextlib.ExitStack,
 ) -> Start:
@@ -90,7 +93,7 @@ def look(
                 made.callback(_remove_if_empty, folder)
         _check_extras(digits=data is None, tensorboard=options.tensorboard)
         where = choose_device(device, ranks)
-        train_images, val_images, how, ignored = _read_data(data)
+        train_images, val_images, how, ignored = _read_data(data, allow_sources)
         _check_model(recipe, len(train_images.classes), min(len(train_images), recipe.batch_images), ranks, options)
         prints = {"train": train_images.fingerprint(), "val": val_images.fingerprint()}
         content = {"train": train_images.stamp(), "val": val_images.stamp()} if ranks.first else {}
@@ -117,6 +120,8 @@ def look(
             training=True,
             seed=seed,
             augment=recipe.augment,
+            flip_frac=recipe.flip_frac,
+            min_crop_frac=recipe.min_crop_frac,
             randaugment_ops=recipe.randaugment_ops,
             randaugment_magnitude=recipe.randaugment_magnitude,
             erase_frac=recipe.erase_frac,
@@ -226,15 +231,20 @@ def _place(
     return folder, old
 
 
-def recorded(folder: str | Path) -> tuple[Recipe, str | None, int, str | None] | None:
+def recorded(
+    folder: str | Path, allow_sources: Sequence[str] = ()
+) -> tuple[Recipe, str | None, int, str | None] | None:
     """Recipe, data, seed and init_from of the run in a folder, as `train` takes them; None where none has begun.
 
-    Raises BadRun where its run.json cannot be read.
+    Raises BadRun where its run.json cannot be read; BadData where it names a URL that is none of `allow_sources`, nor
+    below one: the user did not name it.
     """
     if not os.path.lexists(Path(folder) / RUN_JSON):
         return None
     record = read_record(folder)
     source = record["data"]["source"]
+    if source != _DIGITS:
+        check_source(source, allow_sources, str(Path(folder) / RUN_JSON))
     init_from = (record.get("init_from") or {}).get("source")
     return recipe_of(record), None if source == _DIGITS else source, record["seed"], init_from
 
@@ -272,13 +282,13 @@ def _check_extras(*, digits: bool, tensorboard: bool) -> None:
         need("tensorboard", "tensorboard", "--tensorboard asks for it")
 
 
-def _read_data(data: str | Path | None) -> tuple[Images, Images, str, dict[str, Any]]:
+def _read_data(data: str | Path | None, allow_sources: Sequence[str]) -> tuple[Images, Images, str, dict[str, Any]]:
     """Training images, held-out images, a sentence on where they come from, and what a folder held besides."""
     if data is None:
         train_images, val_images = images_on_disk.digits()
         how = f"scikit-learn's digits: {len(train_images):,} to train, {len(val_images):,} held out, a fixed split"
         return train_images, val_images, how, {}
-    found = images_on_disk.folder(data)
+    found = images_on_disk.folder(data, allow_sources=allow_sources)
     return found.train, found.val, found.how, {why: list(files) for why, files in found.ignored.items()}
 
 

@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def train(
     resume: bool = False,
     init_from: str | Path | None = None,
     options: Options | None = None,
+    allow_sources: Sequence[str] = (),
 ) -> Result:
     """Train `recipe` on the images and write the folder of the run (checkpoint.py lists its files).
 
@@ -104,6 +105,7 @@ def train(
               it is finished, its result is returned; if there is none yet, it starts, and says so
     init_from a safetensors file or the folder of a run: the first weights, but for a classifier of other classes
     options   how it is computed, saved and watched; a resumed run may have others
+    allow_sources   URLs that a manifest of shards may name besides `data` (see `shards.open_shards`)
     Raises, before the first step and before anything is written: BadRun (folder, device, missing extra), BadRecipe
     (model or its image size), BadData and BadImage (images). Later: NonFiniteLoss; Terminated and KeyboardInterrupt,
     after a checkpoint; LostProcess (another rank failed, or a process that reads images was killed); BadRun where three
@@ -125,6 +127,7 @@ def train(
                 start = look(
                     recipe, data, out=out, seed=seed, device=device, workers=workers, resume=resume,
                     init_from=init_from, options=options, ranks=ranks, watch=watch, made=made,
+                    allow_sources=allow_sources,
                 )  # fmt: skip
                 if start.old is not None and start.old["status"] == "finished":
                     if ranks.first:
