@@ -80,3 +80,29 @@ def test_shards_that_an_earlier_version_packed_give_the_pictures_of_the_folder(m
             assert packed.labels[i] == images.labels[at]
             assert ImageChops.difference(packed.load(i), images.load(at)).getbbox() is None
     assert main(["index", "shards"]) == 0
+
+
+@pytest.mark.parametrize(
+    "place", ["ftp://stranger/set", "https://stranger/set", "stream:https://stranger/set", "memory://x"]
+)
+@pytest.mark.parametrize(
+    "command", [["evaluate", "whole"], ["report", "whole"], ["train", "--resume", "--out", "stopped"]]
+)
+def test_nobody_is_called_because_the_file_of_a_stranger_says_so(made, command, place, monkeypatch, capsys):
+    def called(*args, **named):
+        raise AssertionError(f"somebody was called: {args}")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", called)
+    for run in ("whole", "stopped"):
+        record = json.loads((made / run / "run.json").read_text())
+        record["data"]["source"] = place
+        (made / run / "run.json").write_text(json.dumps(record))
+    code = main(command)
+    said = capsys.readouterr()
+    if command[0] == "report":  # what there is without the pictures
+        page = (made / "whole" / "report.html").read_text()
+        assert code == 0
+        assert f"--allow-source {place.removeprefix('stream:')}" in page
+    else:
+        assert code == 2
+        assert f"--allow-source {place.removeprefix('stream:')}" in said.err
