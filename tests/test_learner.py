@@ -295,6 +295,21 @@ def test_a_missing_tensorboard_is_found_at_the_start(shared_colours, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("name", ["log.jsonl", "tensorboard"])
+def test_a_log_that_is_a_link_is_refused_and_its_target_stays(name, dangling, tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    if not dangling:
+        outside.mkdir() if name == "tensorboard" else outside.write_text("mine")
+    (run / name).symlink_to(outside)
+    with pytest.raises(BadRun, match=f"{name} (is a link|cannot be written)"):
+        Log(run, first_step=0, tensorboard=name == "tensorboard")
+    assert outside.exists() == (not dangling)
+    if not dangling:
+        assert list(outside.iterdir()) == [] if outside.is_dir() else outside.read_text() == "mine"
+
+
 def test_lines_of_undone_steps_and_torn_lines_leave_the_log(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 1}\n{"step": 5, "loss": 1}\nnonsense\n{"step": 2, "lo')

@@ -1,30 +1,42 @@
 """What a run survives: kills, signals, hangs, lost readers, steps that are not finite. Every fault is a real one."""
 
+import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import until
 
+import lambdanets.batches
 import lambdanets.data
+import lambdanets.files
 import lambdanets.learner
+import lambdanets.start
+import lambdanets.steps
 import lambdanets.train
 from lambdanets.checkpoint import BadRun, open_run
 from lambdanets.cli import main
+from lambdanets.data import BadData, DiskFault
 from lambdanets.distributed import LostProcess
 from lambdanets.recipes import BadRecipe, Options, choose
 from lambdanets.state import flatten
-from lambdanets.steps import newest_checkpoint
+from lambdanets.steps import Checkpoints, newest_checkpoint
 from lambdanets.train import NonFiniteLoss, _Run, train
-from lambdanets.watchdog import HANG, Terminated
+from lambdanets.watchdog import HANG, LOST, Terminated
 
 
 def tiny(**changes):
@@ -353,6 +365,259 @@ def test_a_run_that_was_killed_after_its_last_epoch_only_finishes(shared_colours
     same(want, (tensors, tree, want[2], history, result))
 
 
+# --- killed at the very start -----------------------------------------------------------------------------------------
+
+STARTING = ("open", "write", "fsync", "close", "mkdir", "rmdir", "rename", "replace", "unlink", "link", "makedirs")
+
+
+def first_writes(out, recipe, kill_at):
+    """What a run writes before its first step, killed at that call of the system; gives how many calls there were."""
+    calls = [0]
+    for name in STARTING:
+        call = getattr(os, name)
+
+        def counted(*args, call=call, **kwargs):
+            calls[0] += 1
+            if calls[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        setattr(os, name, counted)
+    folder, old = lambdanets.start._place(out, recipe, 3, True, None)
+    record = {"status": "running", "id": "0" * 16, "recipe": dataclasses.asdict(recipe), "seed": 3, "starts": []}
+    record |= {"options": {}, "device": "cpu", "data": {"source": "x", "how": "", "ignored": {}}}
+    with Checkpoints(folder, run="0" * 16):
+        lambdanets.start.Start(recipe, Options(), folder, old, torch.device("cpu"), None, None, record).begin(None)
+    return calls[0]
+
+
+def test_the_same_resume_command_is_taken_after_a_kill_at_each_call_of_the_very_start(tmp_path, children):
+    recipe = tiny()
+    count = children.start(first_writes, tmp_path / "whole", recipe, 0).gave()
+    assert count >= 10
+    left = set()
+    killed = [children.start(first_writes, tmp_path / f"run{at}", recipe, at) for at in range(1, count + 1)]
+    assert [child.wait() for child in killed] == [-signal.SIGKILL] * count
+    for at in range(1, count + 1):
+        out = tmp_path / f"run{at}"
+        left.add(tuple(sorted(p.name for p in out.iterdir())) if out.exists() else None)
+        again = children.start(first_writes, out, recipe, 0)
+        assert again.gave() >= 1, again.said()
+        assert sorted(p.name for p in out.iterdir()) == [".lock", "run.json"]
+    assert len(left) >= 4  # nothing, the lock, the probe, a part of run.json, run.json
+
+
+def test_a_folder_that_holds_anything_else_is_still_refused(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (".lock", ".step-probe.part", ".run.json.0123abcd.part"):
+        (out / name).write_text("")
+    assert lambdanets.start._place(out, tiny(), 3, True, None) == (out, None)
+    (out / ".run.json.notes").write_text("")
+    with pytest.raises(BadRun, match="is not empty"):
+        lambdanets.start._place(out, tiny(), 3, True, None)
+
+
+# --- what ends a run between two steps --------------------------------------------------------------------------------
+
+
+def ended(error, at, data, out, **how):
+    """The run ends by that error, and what it did before is saved; gives the error's notes."""
+    with pytest.raises(error) as caught:
+        train(tiny(), data, out=out, seed=3, resume=True, options=Options(save_minutes=0), **how)
+    _Run._step = _original_step
+    notes = "\n".join(caught.value.__notes__)
+    assert f"the state after step {at} of {STEPS} is saved: go on with --resume" in notes
+    assert newest_checkpoint(out).step == at
+    return caught.value
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_is_away_in_training_ends_the_run_with_the_steps_so_far_saved(
+    workers, colours, tmp_path, references, monkeypatch
+):
+    monkeypatch.setattr(lambdanets.files, "PAUSES_S", (0.01, 0.01))
+    away = tmp_path / "away"
+    at_step(4, lambda run: colours.rename(away))
+    with pytest.raises(DiskFault, match="cannot be read: No such file") as caught:
+        train(tiny(), colours, out=tmp_path / "run", seed=3, workers=workers, options=Options(save_minutes=0))
+    _Run._step = _original_step
+    found = newest_checkpoint(tmp_path / "run")
+    assert found.step >= 5
+    assert f"the state after step {found.step} of {STEPS} is saved" in "\n".join(caught.value.__notes__)
+    assert found.load()["bad"] == {}  # no conclusion is drawn
+    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
+    away.rename(colours)
+    same_but_ids(references(tiny()), run_to(tiny(), colours, tmp_path / "run", resume=True))
+
+
+def test_a_disk_that_is_away_in_evaluation_ends_the_run_with_the_epoch_saved(
+    colours, tmp_path, references, monkeypatch
+):
+    monkeypatch.setattr(lambdanets.files, "PAUSES_S", (0.01,))
+    away = tmp_path / "away"
+    at_step(5, lambda run: (colours / "val").rename(away))
+    ended(DiskFault, 6, colours, tmp_path / "run")
+    away.rename(colours / "val")
+    same_but_ids(references(tiny()), run_to(tiny(), colours, tmp_path / "run", resume=True))
+
+
+def test_a_lost_disk_has_exit_code_5_and_says_how_to_go_on(colours, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lambdanets.files, "PAUSES_S", (0.01,))
+    at_step(4, lambda run: colours.rename(tmp_path / "away"))
+    out, options = tmp_path / "run", Options(save_minutes=0)
+    assert main_like(lambda: train(tiny(), colours, out=out, seed=3, options=options)) == LOST
+    assert re.search(r"cannot be read.*\n.*\nthe state after step 5 of 12 is saved: go on", capsys.readouterr().err)
+
+
+def test_too_many_bad_images_end_the_run_and_it_goes_on_once_they_are_repaired(colours, tmp_path, references):
+    whole = {path: path.read_bytes() for name in ("red", "blue") for path in (colours / "train" / name).iterdir()}
+
+    def damage(run):
+        for path in whole:
+            path.write_bytes(b"<html>")
+
+    at_step(3, damage)
+    error = ended(BadData, 4, colours, tmp_path / "run")
+    assert re.search(r"\d of 24 training images cannot be read", str(error))
+    assert newest_checkpoint(tmp_path / "run").load()["bad"] == {}  # those of the steps that were done
+    with pytest.raises(BadData, match="training images cannot be read"):  # they still are
+        train(tiny(), colours, out=tmp_path / "run", seed=3, resume=True)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    same_but_ids(references(tiny()), run_to(tiny(), colours, tmp_path / "run", resume=True))
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_before_it_to_go_on_from(shared_colours, tmp_path, references):
+    not_a_number_at(7)
+    error = ended(NonFiniteLoss, 7, shared_colours, tmp_path / "run")
+    assert "--skip-non-finite" in str(error)
+    same_but_ids(references(tiny()), run_to(tiny(), shared_colours, tmp_path / "run", resume=True))
+
+
+def test_an_error_in_a_step_leaves_the_last_checkpoint_as_it_was(shared_colours, tmp_path, references):
+    def burn(run):
+        raise RuntimeError("the card burns")
+
+    at_step(5, burn)
+    with pytest.raises(RuntimeError, match="burns"):
+        train(tiny(), shared_colours, out=tmp_path / "run", seed=3, options=Options(save_steps=2))
+    _Run._step = _original_step
+    assert newest_checkpoint(tmp_path / "run").step == 4
+    same_but_ids(references(tiny()), run_to(tiny(), shared_colours, tmp_path / "run", resume=True))
+
+
+def test_a_report_that_fails_leaves_the_last_step_saved(shared_colours, tmp_path, references, monkeypatch):
+    def full(*rest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lambdanets.train, "write_report", full)
+        ended(BadRun, STEPS, shared_colours, tmp_path / "run")
+    (tmp_path / "run.ids").write_text("")
+    want = references(tiny())
+    tensors, tree, _, history, result = run_to(tiny(), shared_colours, tmp_path / "run", resume=True)
+    same(want, (tensors, tree, want[2], history, result))
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_a_stop_right_after_an_epoch_keeps_its_milestone_and_its_best(saved_before, shared_colours, tmp_path):
+    """SIGTERM comes after the epoch was evaluated, before or after the clock or the epoch has saved that very step."""
+    out = tmp_path / "run"
+    options = Options(milestone_epochs=1, keep_best=True, keep_checkpoints=1, save_minutes=0)
+    next_batch = _Run._next_batch
+
+    def spy(self, stream):
+        if self.at.epoch == 1:
+            if not saved_before:
+                shutil.rmtree(out / "step-3", ignore_errors=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_batch(self, stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "_next_batch", spy)
+        if not saved_before:
+            patch.setattr(_Run, "_save", lambda self, **how: save(self, **how) if how else None)
+        with pytest.raises(Terminated, match="step 3 of 12"):
+            train(tiny(), shared_colours, out=out, seed=3, options=options)
+    manifest = json.loads((out / "step-3" / "manifest.json").read_text())
+    assert (manifest["milestone"], manifest["best"]) == (True, True)
+    train(tiny(), shared_colours, out=out, seed=3, resume=True, options=options)
+    assert [(out / f"step-{step}").is_dir() for step in (3, 6, 9, 12)] == [True] * 4
+
+
+save = _Run._save
+
+
+def test_a_checkpoint_of_another_run_in_the_folder_is_refused(unfinished, shared_colours, tmp_path, capsys):
+    other = tmp_path / "other"
+    train(tiny(), shared_colours, out=other, seed=3, options=Options(save_steps=7, save_minutes=0))
+    shutil.copytree(other / "step-7", unfinished / "step-7")  # the same recipe, seed and images
+    assert main(["train", "--resume", "--out", str(unfinished)]) == 2
+    assert "step-7 is a checkpoint of another run" in capsys.readouterr().err
+    assert (unfinished / "step-7").is_dir()
+    shutil.rmtree(unfinished / "step-7")
+    copied = shutil.copytree(unfinished, tmp_path / "copied")
+    assert main(["train", "--resume", "--out", str(copied)]) == 0
+    assert "goes on after step 4" in capsys.readouterr().out
+
+
+def test_a_run_from_before_runs_had_a_name_goes_on(unfinished, references, shared_colours, capfd):
+    record = json.loads((unfinished / "run.json").read_text())
+    assert re.fullmatch("[0-9a-f]{16}", record.pop("id"))
+    del record["data"]["content"]
+    (unfinished / "run.json").write_text(json.dumps(record))
+    for path in unfinished.glob("step-*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"], manifest["run"]
+        path.write_bytes(lambdanets.steps._manifest_bytes(manifest))
+    same_but_ids(references(tiny()), run_to(tiny(), shared_colours, unfinished, resume=True))
+    said = capfd.readouterr()
+    assert "goes on after step 4" in said.out
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("how", ["nothing", "time", "size"])
+def test_pictures_replaced_under_the_same_names_are_said_at_a_resume(how, shared_colours, tmp_path, capfd):
+    colours = tmp_path / "colours"
+    shutil.copytree(shared_colours, colours)
+    stop_at(5)
+    with pytest.raises(Killed):
+        train(tiny(), colours, out=tmp_path / "run", seed=3, options=Options(save_steps=2))
+    _Run._step = _original_step
+    path = colours / "train" / "red" / "3.jpg"
+    if how == "time":
+        os.utime(path, (1, 1))
+    elif how == "size":
+        path.write_bytes(path.read_bytes() + b" ")
+    capfd.readouterr()
+    train(tiny(), colours, out=tmp_path / "run", seed=3, resume=True)
+    said = [line for line in capfd.readouterr().err.splitlines() if "replaced" in line]
+    wanted = {"time": "have other times than at the start of this run, of the same sizes: it is a copy, or"}
+    wanted["size"] = "have other sizes than at the start of this run: pictures were replaced"
+    assert len(said) == (how != "nothing")
+    if said:
+        assert wanted[how] in said[0]
+
+
+# --- links of strangers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "stacks-rank0.txt", "curves.png", "report.html", "weights.safetensors"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_no_link_in_a_strangers_run_is_written_through(name, dangling, unfinished, shared_colours, tmp_path):
+    outside = tmp_path / "precious"
+    if not dangling:
+        outside.write_text('{"step": 99}\n')
+    (unfinished / name).unlink(missing_ok=True)
+    (unfinished / name).symlink_to(outside)
+    refused = name == "log.jsonl"
+    code = main(["train", "--resume", "--out", str(unfinished), "--device", "cpu"])
+    assert code == (2 if refused else 0)
+    assert outside.exists() == (not dangling)
+    assert dangling or outside.read_text() == '{"step": 99}\n'
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +740,113 @@ def test_sigterm_in_this_process_is_terminated(shared_colours, tmp_path):
         train(tiny(), shared_colours, out=tmp_path / "run")
 
 
+def test_a_terminal_that_is_closed_saves_the_step_with_a_code_of_its_own(shared_colours, tmp_path, children):
+    """Readers are in the terminal's group, and get the signal as well."""
+    out, options = tmp_path / "run", Options(log_steps=1, save_minutes=0)
+    recipe = tiny(epochs=400, warmup_epochs=20.0)
+    child = children.start(hung_up, recipe, shared_colours, out, {"workers": 2}, options)
+    until(lambda: lines(out) >= 5)
+    os.killpg(child.pid, signal.SIGHUP)
+    assert child.wait() == 129, child.said()
+    found = re.search(r"stopped after step (\d+) of 1200, which is saved: go on with --resume", child.said())
+    assert newest_checkpoint(out).step == int(found[1])
+
+
+def hung_up(recipe, data, out, how, options):
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, seed=3, options=options, **how)))
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(shared_colours, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(2, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+        train(tiny(epochs=1, warmup_epochs=0.0), shared_colours, out=tmp_path / "run")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_the_command_at_once_and_it_can_be_given_again(
+    number, shared_colours, tmp_path, children
+):
+    """A large listing, say."""
+    out = tmp_path / "run"
+    child = children.start(slow_listing, tiny(epochs=1, warmup_epochs=0.0), shared_colours, out, Options())
+    until(lambda: child.place.with_suffix(".out").exists() and "listing" in child.said())
+    sent = time.monotonic()
+    os.kill(child.pid, number)
+    assert child.wait() == 128 + number
+    assert time.monotonic() - sent < 5
+    assert "stopped before a step was done" in child.said()
+    assert not out.exists()
+
+
+def slow_listing(recipe, data, out, options):
+    def slow(*rest):
+        print("listing", flush=True)
+        asleep()
+
+    lambdanets.start._read_data = slow
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, seed=3, options=options)))
+
+
+def test_a_signal_during_the_report_saves_the_last_step(shared_colours, tmp_path, references, monkeypatch):
+    out = tmp_path / "run"
+
+    def slow(*rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        asleep()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lambdanets.train, "write_report", slow)
+        with pytest.raises(Terminated, match="stopped after step 12 of 12"):
+            train(tiny(), shared_colours, out=out, seed=3, options=Options(save_minutes=0))
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    (tmp_path / "run.ids").write_text("")
+    want = references(tiny())
+    tensors, tree, _, history, result = run_to(tiny(), shared_colours, out, resume=True)
+    same(want, (tensors, tree, want[2], history, result))
+
+
+# --- a terminal that is gone ------------------------------------------------------------------------------------------
+
+TRAIN = (
+    "{python} -m lambdanets train --data {data} --out {out} --recipe folder --model lambda_resnet_tiny --image-px 8 "
+    "--epochs 4 --batch-images 8 --seed 3 --device cpu --log-steps 1"
+)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "{} | head -1; exit ${{PIPESTATUS[0]}}",
+        "{} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
+        "{} > /dev/full",
+        "{} > /dev/full 2>&1",
+        "{} >&- 2>&-",
+        "{} 2>&- <&-",
+    ],
+)
+def test_a_run_outlives_its_terminal_and_its_log_has_everything(where, shared_colours, tmp_path):
+    out = tmp_path / "run"
+    command = where.format(TRAIN.format(python=sys.executable, data=shared_colours, out=out))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == list(range(STEPS))
+    assert [line["epoch"] for line in logged if "epoch" in line] == [1, 2, 3, 4]
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    for path in out.rglob("*"):  # no file took the place of a closed stream
+        if path.suffix in (".json", ".jsonl", ".txt"):
+            assert b"lambda_resnet_tiny, 8 px" not in path.read_bytes()
+
+
 # --- processes that are lost, and hangs -------------------------------------------------------------------------------
 
 
@@ -516,6 +888,113 @@ def test_R11_a_hang_leaves_the_stacks_and_exit_code_4(where, shared_colours, tmp
     assert " in asleep" in stacks  # in the reader's case it is the reader's stack
     assert " in _next_batch" in stacks or " in _step" in stacks or "in spy" in stacks
     assert "stacks-rank0.txt" in child.said()
+
+
+@pytest.mark.parametrize("signal_name", ["Bus error", "Killed"])
+def test_readers_without_shared_memory_are_one_message_that_names_it(signal_name, shared_colours, tmp_path, capsys):
+    """A reader gets the signal that the system sends where /dev/shm is full; also in the first look at the images."""
+    number = {"Bus error": signal.SIGBUS, "Killed": signal.SIGKILL}[signal_name]
+
+    def kill_a_reader(run):
+        os.kill(multiprocessing.active_children()[0].pid, number)
+        time.sleep(0.1)
+
+    at_step(5, kill_a_reader)
+    assert main_like(lambda: train(tiny(), shared_colours, out=tmp_path / "run", workers=2)) == LOST
+    said = capsys.readouterr().err
+    assert ("--shm-size" in said) == (signal_name == "Bus error")
+    assert "--workers" in said
+    assert "--resume" in said
+
+
+def test_a_disk_of_shared_memory_too_small_for_the_first_look_is_one_message(shared_colours, tmp_path, monkeypatch):
+    def full(self):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+
+    monkeypatch.setattr(lambdanets.batches.Batches, "_results", full)
+    with pytest.raises(LostProcess, match=r"shared memory \(shm: /dev/shm, [\d,]+ MiB\) is too small.*--workers"):
+        train(tiny(), shared_colours, out=tmp_path / "run", workers=2)
+
+
+def paused(recipe, data, out, options):
+    at_step(4, lambda run: os.kill(os.getpid(), signal.SIGSTOP))
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, seed=3, options=options)))
+
+
+def test_a_pause_longer_than_the_hang_timeout_is_no_hang(shared_colours, tmp_path, references, children):
+    out = tmp_path / "run"
+    child = children.start(paused, tiny(), shared_colours, out, Options(log_steps=1, hang_timeout_s=3))
+    until(lambda: lines(out) >= 5)
+    time.sleep(11)  # longer than the guard allows, too
+    os.kill(child.pid, signal.SIGCONT)
+    assert child.wait() == 0, child.said()
+    weights = [(folder / "weights.safetensors").read_bytes() for folder in (out, references(tiny())[4].folder)]
+    assert weights[0] == weights[1]
+
+
+def keeps_the_lock(recipe, data, out, options):
+    """C code that holds the interpreter's lock: no thread of Python runs any more."""
+    at_step(4, lambda run: ctypes.PyDLL(None).sleep(100))
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, seed=3, options=options)))
+
+
+def test_a_hang_that_holds_the_interpreters_lock_is_ended_from_outside(shared_colours, tmp_path, children):
+    out = tmp_path / "run"
+    child = children.start(keeps_the_lock, tiny(), shared_colours, out, Options(log_steps=1, hang_timeout_s=3))
+    until(lambda: lines(out) >= 5)
+    assert child.wait(20) == -signal.SIGKILL
+    assert "the interpreter's lock is held" in child.said()
+    assert "keeps_the_lock" in (out / "stacks-rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("where", ["listing", "report"])
+def test_a_hang_before_the_first_step_and_after_the_last_is_one_too(where, shared_colours, tmp_path, children):
+    out = tmp_path / "run"
+    recipe, options = tiny(epochs=1, warmup_epochs=0.0), Options(hang_timeout_s=3)
+    child = children.start(slow_listing if where == "listing" else slow_report, recipe, shared_colours, out, options)
+    assert child.wait() == HANG, child.said()
+    assert "nothing has moved for 3 s" in child.said()
+    stacks = child.said() if where == "listing" else (out / "stacks-rank0.txt").read_text()
+    assert " in asleep" in stacks
+
+
+def slow_report(recipe, data, out, options):
+    lambdanets.train.write_report = lambda *rest: asleep()
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, seed=3, options=options)))
+
+
+def busy_listing(recipe, data, out, options):
+    read = lambdanets.start._read_data
+
+    def busy(*rest):
+        for _ in range(60):  # as a network disk answers: mostly waiting
+            time.sleep(0.1)
+        return read(*rest)
+
+    lambdanets.start._read_data = busy
+    raise SystemExit(main_like(lambda: train(recipe, data, out=out, seed=3, options=options)))
+
+
+def test_a_listing_longer_than_the_hang_timeout_is_no_hang_while_it_gets_on(shared_colours, tmp_path, children):
+    recipe, options = tiny(epochs=1, warmup_epochs=0.0), Options(hang_timeout_s=3)
+    child = children.start(busy_listing, recipe, shared_colours, tmp_path / "run", options)
+    assert child.wait() == 0, child.said()
+
+
+@pytest.mark.parametrize("seconds", [1e12, 1e300, 0.0])
+def test_a_hang_timeout_of_any_finite_length_leaves_the_watch_alive(seconds, shared_colours, tmp_path):
+    at_step(2, lambda run: (time.sleep(0.6), threads.extend(t.name for t in threading.enumerate())))
+    threads = []
+    recipe = tiny(epochs=1, warmup_epochs=0.0)
+    train(recipe, shared_colours, out=tmp_path / "run", options=Options(hang_timeout_s=seconds))
+    assert "watchdog" in threads
+
+
+@pytest.mark.parametrize("name", ["hang_timeout_s", "save_minutes"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_seconds_and_minutes_are_finite(name, value):
+    with pytest.raises(BadRecipe, match=f"{name} must be at least 0"):
+        Options(**{name: value})
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import lambdanets.train
 from lambdanets import optim
 from lambdanets.batches import Batches, View
 from lambdanets.checkpoint import BadRun, choose_folder, open_run, save_weights
+from lambdanets.cli import main
 from lambdanets.data import BadData, BadImage, Images
 from lambdanets.demo import demo
 from lambdanets.evaluate import evaluate, predict
@@ -556,6 +557,43 @@ def test_an_empty_folder_is_taken_and_a_file_is_not(colours, tmp_path):
     refuse(BadRun, "is a file", tiny(), colours, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     train(tiny(epochs=1, warmup_epochs=0.0), colours, out=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["n" * 300, "é" * 200], ids=["letters", "bytes"])
+def test_a_name_that_no_disk_takes_is_one_message(name, resume, colours, tmp_path):
+    with pytest.raises(BadRun, match="cannot be used"):
+        train(tiny(), colours, out=tmp_path / name, resume=resume)
+
+
+def test_a_run_that_may_not_be_read_is_one_message(colours, tmp_path, monkeypatch, capsys):
+    def forbidden(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    for name in ("is_file", "iterdir"):
+        with monkeypatch.context() as patched:
+            patched.setattr(lambdanets.checkpoint.Path, name, forbidden)
+            assert main(["train", "--data", str(colours), "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 2
+            assert "Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("image_px", 100_000, "image_px must be at most 7,000, not 100,000"),
+        ("lr_per_256", 1e300, "lr_per_256 must be at most 10,000, not 1e\\+300"),
+        ("lr_per_256", math.inf, "lr_per_256 must be a finite number"),
+        ("lr_per_256", math.nan, "lr_per_256 must be a finite number"),
+        ("weight_decay", 1e30, "weight_decay must be at most 10,000"),
+        ("batch_images", 10**12, "batch_images must be at most 1,000,000"),
+        ("epochs", 10**30, "epochs must be at most 1,000,000"),
+        ("std", (math.inf, 1.0, 1.0), "std must be a finite number"),
+        ("mean", (math.nan, 0.0, 0.0), "mean must be a finite number"),
+    ],
+)
+def test_a_number_beyond_any_sense_is_refused_with_its_name(argument, value, said):
+    with pytest.raises(BadRecipe, match=said):
+        tiny(**{argument: value})
 
 
 def test_a_folder_that_cannot_be_written_is_refused(colours, tmp_path):
