@@ -6,7 +6,7 @@ a batch as a whole (`mix`).  Training may replace an unreadable picture, and cou
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import itertools
 import json
 import os
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms import v2
 
-from .data import SHOWN, BadData, BadImage, Images, Order, check_labels, hash_of, open_image
+from .data import SHOWN, BadData, BadImage, DiskFault, Images, Order, check_labels, hash_of, open_image
+from .errors import printable
+from .files import JSON_BYTES, end_with_parent, lock, open_to_append, to_stderr
 from .shards import ShardImages, Streamed, stream
 
 _SUBSTITUTES = 100  # tries before a sample is given up: all bad by chance at 1e-30 where half of the files are bad
@@ -96,21 +98,28 @@ def training_transform(
     view: View,
     *,
     augment: str,
+    flip_frac: float = 0.5,
+    min_crop_frac: float = 0.08,
     randaugment_ops: int = 0,
     randaugment_magnitude: int = 0,
     erase_frac: float = 0.0,
 ) -> Callable[[Image.Image], Tensor]:
     """A function from picture to (C, H, W) float32 that draws from the ambient generators (`Batches` seeds them).
 
-    augment  "imagenet": a random crop of 8 to 100% of the area, a flip, then `randaugment_ops` of RandAugment;
+    augment  "imagenet": a random crop, a flip from left to right, then `randaugment_ops` of RandAugment;
              "digits": rotation to 10 degrees, shift to 8%, scale 0.9 to 1.1, no flip; "none": `view.evaluate`
+    flip_frac  of the pictures are flipped; 0 where left and right tell classes apart
+    min_crop_frac  the smallest crop, as a part of the picture's area; the largest is all of it
     randaugment_magnitude  the published TensorFlow code's level, 3 to 15, 10 the end of its scale, each operation
              always applied: timm's RandAugment with p1.0 and mmax (torchvision's has another scale). Below 3 posterize
              would keep no bit
     erase_frac  of the pictures: a random rectangle (2 to 33% of the area) becomes noise, after all else
     """
-    if not 0 <= erase_frac <= 1:
-        raise ValueError(f"erase_frac is {erase_frac}: it must lie between 0 and 1")
+    for name, frac in (("erase_frac", erase_frac), ("flip_frac", flip_frac)):
+        if not 0 <= frac <= 1:
+            raise ValueError(f"{name} is {frac}: it must lie between 0 and 1")
+    if not 0 < min_crop_frac <= 1:
+        raise ValueError(f"min_crop_frac is {min_crop_frac}: it must lie above 0 and be at most 1")
     if randaugment_ops < 0 or (randaugment_ops and not 3 <= randaugment_magnitude <= 15):
         asked = f"randaugment_ops is {randaugment_ops}, randaugment_magnitude {randaugment_magnitude}"
         raise ValueError(f"{asked}: 0 or more, and 3 to 15")
@@ -121,7 +130,8 @@ def training_transform(
     if augment == "none":
         return v2.Compose([view.evaluate, *erase]) if erase else view.evaluate
     if augment == "imagenet":
-        steps = [v2.RandomResizedCrop(px, scale=(0.08, 1), interpolation=filter_), v2.RandomHorizontalFlip()]
+        crop = v2.RandomResizedCrop(px, scale=(min_crop_frac, 1), interpolation=filter_)
+        steps = [crop, v2.RandomHorizontalFlip(flip_frac)]
         if randaugment_ops:
             grey = (128,) * 3 if view.in_channels == 3 else 128  # where the picture ends, as published
             strength = f"rand-m{randaugment_magnitude}-n{randaugment_ops}-p1.0-mmax{max(10, randaugment_magnitude)}"
@@ -202,6 +212,10 @@ class _Reader:
                 if not self.training:
                     raise
                 bad[self.images.names[candidate]] = error.reason
+            except OSError as error:
+                if error.errno is None:
+                    raise
+                raise DiskFault(self.images.names[candidate], f"cannot be read: {error.strerror}") from error
             candidate = hash_of("substitute", self.seed, epoch, index, attempt) % len(self.images)
         raise BadData(f"{self.images.names[index]} and {_SUBSTITUTES - 1} substitutes in a row cannot be read")
 
@@ -276,9 +290,11 @@ class Batches:
     view          picture -> tensor
     batch_images  images in a batch, of all ranks together
     training      False: every image once, in order; an unreadable one raises BadImage.  True: shuffled, augmented,
-                  unreadable ones replaced, every batch full (a set smaller than a batch is one smaller batch)
+                  unreadable ones replaced, every batch full (a set smaller than a batch is one smaller batch).
+                  Unreadable is what has the wrong content; a fault of the disk raises DiskFault in both
     seed          of order and augmentation
-    augment, randaugment_ops, randaugment_magnitude, erase_frac   see `training_transform`; used in training only
+    augment, flip_frac, min_crop_frac, randaugment_ops, randaugment_magnitude, erase_frac   see `training_transform`;
+                  used in training only
     workers       processes that read; 0 reads here; the number does not change one bit of the result
     max_bad_frac  of the data set: more unreadable pictures than this (and more than one) raise BadData
     bad_file      where each unreadable picture is appended once, as a JSON line {"name", "reason"}; ranks may share it
@@ -299,6 +315,8 @@ class Batches:
         training: bool,
         seed: int = 0,
         augment: str = "none",
+        flip_frac: float = 0.5,
+        min_crop_frac: float = 0.08,
         randaugment_ops: int = 0,
         randaugment_magnitude: int = 0,
         erase_frac: float = 0.0,
@@ -323,11 +341,15 @@ class Batches:
         self.images, self.view, self.batch_images, self.training = images, view, batch_images, training
         self.seed, self.max_bad_frac, self.bad_file = seed, max_bad_frac, bad_file
         self.bad = {}
+        self._unlisted: dict[str, str] = {}  # waits for a disk that takes it
+        self._said: set[str] = set()
         transform: Callable[[Image.Image], Tensor] = view.evaluate
         if training:
             transform = training_transform(
                 view,
                 augment=augment,
+                flip_frac=flip_frac,
+                min_crop_frac=min_crop_frac,
                 randaugment_ops=randaugment_ops,
                 randaugment_magnitude=randaugment_magnitude,
                 erase_frac=erase_frac,
@@ -344,7 +366,7 @@ class Batches:
                 num_workers=workers,
                 persistent_workers=True,
                 collate_fn=_unchanged,
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=_serve_the_run,
                 generator=torch.Generator(),  # else every epoch draws from the ambient one
             )
 
@@ -364,6 +386,7 @@ class Batches:
                 # a new one: `result` lives in this frame, and a cycle of error and frame would keep the workers alive
                 raise type(result.found)(*result.found.args)
             yield result.found
+        self._list()
 
     def _results(self) -> Iterable[_Result]:
         if isinstance(self.images, ShardImages) and self.images.streamed:
@@ -373,35 +396,56 @@ class Batches:
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_unchanged,
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=_serve_the_run,
                 generator=torch.Generator(),
             )
         return self._source if self._source is not None else map(self._reader.__getitem__, self._keys)
+
+    def _list(self) -> None:
+        """Write what is not listed yet; where that is impossible it is said once, and tried again later."""
+        if self.bad_file is None or not self._unlisted:
+            return
+        try:
+            damaged = _list_bad(self.bad_file, self._unlisted)
+        except OSError as error:
+            why = f"cannot be written ({error.strerror or error}): the run goes on, and its lines wait in memory"
+        else:
+            self._unlisted.clear()
+            why = f"has lines that are no JSON with a name, {damaged:,} of them: they are left as they are"
+            if not damaged:
+                return
+        if why not in self._said:
+            self._said.add(why)
+            to_stderr(f"{printable(self.bad_file)} {why}")
 
     def _count(self, bad: dict[str, str]) -> None:
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         if not new:
             return
         self.bad.update(new)
-        if self.bad_file is not None:
-            _list_bad(self.bad_file, new)
+        self._unlisted.update(new)
+        self._list()
         allowed = max(1, int(self.max_bad_frac * len(self.images)))
         if len(self.bad) > allowed:
             found = f"{len(self.bad):,} of {len(self.images):,} training images cannot be read, {allowed:,} allowed"
-            listed = f" (listed in {self.bad_file})" if self.bad_file is not None else ""
+            written = self.bad_file is not None and not self._unlisted
+            listed = f" (listed in {self.bad_file})" if written else ""
             first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.bad.items())[:SHOWN])
             remedy = f"repair or remove them{listed}, or raise max_bad_frac (now {self.max_bad_frac})"
             raise BadData(f"{found}: {remedy}; the first:{first}")
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """In a reading process: SIGTERM and Ctrl-C end it only when its own run sends them.
+def _serve_the_run(worker: int) -> None:
+    """In a reading process: it ends with its run, and SIGTERM and Ctrl-C end it only when its own run sends them.
 
     torchrun, schedulers and terminals send them to every process at once. The run answers by finishing its step and
     saving, and would fail there if its readers were gone already.
     """
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    end_with_parent()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        return
 
     def answer() -> None:
         while signal.sigwaitinfo(signals).si_pid != os.getppid():
@@ -415,18 +459,41 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _list_bad(bad_file: Path, bad: dict[str, str]) -> None:
-    """Appends those of `bad` that the file lacks; an earlier run may have written it, other ranks write it too."""
-    with bad_file.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _list_bad(bad_file: Path, bad: dict[str, str]) -> int:
+    """Appends those of `bad` that the file lacks; an earlier run may have written it, other ranks write it too.
+
+    Gives the number of its lines that say nothing; they stay. Raises OSError, and then has written nothing.
+    """
+    with open_to_append(bad_file) as file:
+        lock(file, bad_file.parent, wait=True)
         file.seek(0)
-        text = file.read()
-        if text and not text.endswith("\n"):  # a kill cut the last line short: that name is written again
-            text = text[: text.rfind("\n") + 1]
-            file.truncate(len(text.encode()))
-        listed = {json.loads(line)["name"] for line in text.splitlines()}
-        lines = [json.dumps({"name": name, "reason": bad[name]}) for name in bad if name not in listed]
-        file.write("".join(f"{line}\n" for line in lines))
+        held = file.read(JSON_BYTES + 1)
+        if len(held) > JSON_BYTES:
+            raise OSError(errno.EFBIG, f"it has more than {JSON_BYTES:,} bytes already")
+        lines = held.splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n") and _listed(lines[-1]) is None:
+            held = held[: -len(lines.pop())]  # a kill cut it short: that name is written again
+            file.truncate(len(held))
+        names = [_listed(line) for line in lines]
+        known = set(names)
+        new = [json.dumps({"name": name, "reason": bad[name]}) for name in bad if name not in known]
+        content = "".join(f"{line}\n" for line in new).encode()
+        if held and not held.endswith(b"\n"):
+            content = b"\n" + content
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(len(held))
+            raise
+    return names.count(None)
+
+
+def _listed(line: bytes) -> str | None:
+    try:
+        return str(json.loads(line)["name"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def mix(

@@ -22,7 +22,11 @@ from lambdanets.recipes import BatchNorm, Options, Precision, RecipeName
 if TYPE_CHECKING:
     from lambdanets.train import Result
 
-_CHANGES = ("epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision")
+_CHANGES = (
+    "epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision",
+    "flip_frac", "min_crop_frac", "randaugment_ops", "randaugment_magnitude", "erase_frac", "mixup_alpha",
+    "cutmix_alpha", "label_smoothing",
+)  # fmt: skip
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 some images could not be predicted, 2 wrong argument, data, run or device, "
     "3 the loss was not finite, 4 nothing moved for --hang-timeout-s, 5 a process of the run was lost (another rank, "
@@ -106,7 +110,8 @@ def _train(given: Namespace) -> int:
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
     asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small", *_CHANGES)
-    again = given.resume and given.out is not None and not any(given[name] for name in asked)
+    told = any(given[name] is not None and given[name] is not False for name in asked)  # a 0 tells something
+    again = given.resume and given.out is not None and not told
     if again and (run := recorded(given.out)) is not None:  # the same, without being told
         recipe, data, seed, init_from = run
         return _show(train(recipe, data, out=given.out, seed=seed, init_from=init_from, **how))
@@ -237,6 +242,14 @@ def _parser() -> ArgumentParser:
     train.add_argument("--clip-norm", type=NonNegativeFloat, help="largest norm of the gradient; 0: any")
     train.add_argument("--batch-norm", type=BatchNorm, help="statistics: of a process, of all, or as they are")
     train.add_argument("--precision", type=Precision, help="auto: bfloat16 on a GPU, float32 on a CPU")
+    train.add_argument("--flip-frac", type=float, help="of the images; 0 where left and right tell classes apart")
+    train.add_argument("--min-crop-frac", type=float, help="smallest random crop, a part of the image's area; 1: all")
+    train.add_argument("--randaugment-ops", type=int, help="RandAugment operations an image; 0: none")
+    train.add_argument("--randaugment-magnitude", type=int, help="their level, 3 to 15")
+    train.add_argument("--erase-frac", type=float, help="of the images: a random rectangle of them is erased")
+    train.add_argument("--mixup-alpha", type=float, help="0: no mixup; 0.2 is usual")
+    train.add_argument("--cutmix-alpha", type=float, help="0: no cutmix; 1 is usual")
+    train.add_argument("--label-smoothing", type=float, help="share of the target spread over all classes")
     train.add_argument("--init-from", type=str, metavar="WEIGHTS", help="first weights: safetensors, RUN or RUN/step-N")
     train.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     train.add_argument("--out", type=str, metavar="RUN", help="a new folder (without it: the next runs/NAME-NUMBER)")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lambdanets.batches import Batches, View
-from lambdanets.data import BadImage, open_image
+from lambdanets.data import BadImage, DiskFault, open_image
 from lambdanets.distributed import Ranks
 
 
@@ -154,8 +154,8 @@ def predict(
     for image in images:
         names.append(str(image))
         try:
-            batch.append(view.evaluate(open_image(image)))  # (C, H, W)
-        except BadImage as error:
+            batch.append(view.evaluate(open_image(image, known=False)))  # (C, H, W)
+        except (BadImage, DiskFault) as error:
             batch.append(Prediction(str(image), error=error.reason))
         if len(batch) == batch_images:
             yield from _predict_batch(model, names, batch, device)

@@ -105,6 +105,8 @@ def look(
             training=True,
             seed=seed,
             augment=recipe.augment,
+            flip_frac=recipe.flip_frac,
+            min_crop_frac=recipe.min_crop_frac,
             randaugment_ops=recipe.randaugment_ops,
             randaugment_magnitude=recipe.randaugment_magnitude,
             erase_frac=recipe.erase_frac,

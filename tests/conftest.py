@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +139,14 @@ def until(condition, timeout_s=30):
     while not condition():
         assert time.monotonic() < ends, f"not within {timeout_s} s"
         time.sleep(0.01)
+
+
+def runs(pid):
+    """Whether there is such a process, and not only its exit code, which nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 50, 40)}

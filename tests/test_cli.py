@@ -19,6 +19,7 @@ from PIL import Image
 import lambdanets
 import lambdanets.cost
 import lambdanets.demo
+import lambdanets.files
 import lambdanets.train
 from lambdanets.checkpoint import open_run
 from lambdanets.cli import main
@@ -142,6 +143,46 @@ def test_every_option_of_training_arrives(monkeypatch):
     assert (given["init_from"], given["resume"], given["out"], given["seed"]) == ("w.safetensors", True, "run", 5)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "bad"),
+    [
+        ("flip-frac", 0.0, 1.5), ("min-crop-frac", 0.3, 0), ("randaugment-ops", 0, -1), ("randaugment-magnitude", 5, 2),
+        ("erase-frac", 0.25, -0.1), ("mixup-alpha", 0.2, -1), ("cutmix-alpha", 1.0, -1), ("label-smoothing", 0.0, 1),
+    ],
+)  # fmt: skip
+def test_every_strength_of_augmentation_is_an_option_with_a_range(option, value, bad, monkeypatch, capsys):
+    given, name = {}, option.replace("-", "_")
+    monkeypatch.setattr(lambdanets.train, "train", lambda recipe, data, **rest: given.update(recipe=recipe))
+    assert main(["train", "--data", "x", f"--{option}", str(value)]) == 0
+    assert given["recipe"] == dataclasses.replace(choose("folder"), **{name: value})
+    assert main(["train", "--data", "x", f"--{option}={bad}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"lambdanets train: {name} must be ")
+    assert err.count("\n") == 1
+
+
+def test_a_run_learns_with_the_strengths_that_it_was_asked_for_and_resumes_with_no_others(images, tmp_path, capsys):
+    given = "--model lambda_resnet_tiny --image-px 8 --epochs 1 --batch-images 4 --seed 7 --device cpu"
+    plain = given.split()
+    asked, losses = {"plain": [], "same": ["--flip-frac", "0.5"], "all": ["--flip-frac", "1"]}, {}
+    for name, more in asked.items():
+        folder = tmp_path / name
+        assert main(["train", "--data", str(images), "--out", str(folder), *plain, "--randaugment-ops=0", *more]) == 0
+        losses[name] = json.loads((folder / "run.json").read_text())["history"][0]["train_loss"]
+    assert losses["plain"] == losses["same"]
+    record = json.loads((tmp_path / "plain" / "run.json").read_text())
+    for new in ("flip_frac", "min_crop_frac"):  # as the version before wrote it
+        del record["recipe"][new]
+    (tmp_path / "plain" / "run.json").write_text(json.dumps(record))
+    again = ["train", "--data", str(images), "--out", str(tmp_path / "plain"), *plain, "--resume"]
+    assert main([*again, "--randaugment-ops=0"]) == 0
+    assert main(["train", "--out", str(tmp_path / "plain"), "--resume"]) == 0
+    capsys.readouterr()
+    assert main([*again, "--randaugment-ops=0", "--flip-frac=0"]) == 2
+    assert "flip_frac 0.5, not 0.0" in capsys.readouterr().err
+    assert main(["train", "--out", str(tmp_path / "plain"), "--resume", "--flip-frac=0"]) == 2  # a 0 is no silence
+
+
 def test_a_recipe_for_photographs_needs_a_folder(capsys):
     assert main(["train", "--recipe", "layer_comparison"]) == 2
     assert "give --data FOLDER" in capsys.readouterr().err
@@ -174,7 +215,7 @@ def test_predict_json_is_a_line_an_image_errors_included(run, images, tmp_path, 
         assert line["top"][0]["probability"] >= line["top"][1]["probability"]
     assert "is no JPEG" in lines[1]["error"]
     assert "is a folder" in lines[2]["error"]
-    assert "does not exist" in lines[3]["error"]
+    assert lines[3]["error"] == "cannot be read: No such file or directory"
 
 
 def bad_files(root, count):
@@ -222,11 +263,32 @@ def test_R96_a_thousand_bad_files_are_a_line_each_and_cost_no_memory(run, images
     assert grown <= 50, f"{grown:.0f} MB"
 
 
+def test_predict_answers_at_once_where_a_thousand_files_are_missing_or_forbidden(
+    run, images, tmp_path, capsys, monkeypatch
+):
+    good, real = str(images / "val" / "red" / "0.jpg"), os.open
+
+    def forbids(path, *rest, **more):
+        if "forbidden" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", forbids)
+    monkeypatch.setattr(lambdanets.files.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    asked = [str(tmp_path / f"{('missing', 'forbidden')[i % 2]}{i}.png") for i in range(1_000)]
+    assert main(["predict", str(run), *asked, good, "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [*asked, good]
+    assert lines[0]["error"] == "cannot be read: No such file or directory"
+    assert lines[1]["error"] == "cannot be read: Permission denied"
+    assert "top" in lines[-1]
+
+
 def test_predict_tells_a_bad_image_in_one_line_and_does_the_others(run, images, tmp_path, capsys):
     good = str(images / "val" / "red" / "0.jpg")
     assert main(["predict", str(run), str(tmp_path / "none.png"), good]) == 1
     said = capsys.readouterr()
-    assert said.err == f"lambdanets predict: {tmp_path / 'none.png'}: does not exist\n"
+    assert said.err == f"lambdanets predict: {tmp_path / 'none.png'}: cannot be read: No such file or directory\n"
     assert said.out.startswith(good)
 
 

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -9,6 +10,8 @@ import os
 import pickle
 import random
 import resource
+import signal
+import socket
 import struct
 import subprocess
 import time
@@ -20,13 +23,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from conftest import runs, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, PngImagePlugin
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
 from lambdanets import batches as batching
-from lambdanets import data
+from lambdanets import data, files
 from lambdanets.batches import Batches, View
-from lambdanets.data import BadData, BadImage, Images, open_image
+from lambdanets.data import BadData, BadImage, DiskFault, Images, open_image
 
 GREY = View(image_px=4, in_channels=1, mean=(0.0,), std=(1.0,), crop_frac=1.0)
 COLOUR = View(image_px=8, in_channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
@@ -117,17 +124,77 @@ def test_a_bad_file_gives_its_name_and_a_plain_reason(content, reason, tmp_path)
         assert len(str(caught.value)) < 250
 
 
-def test_what_is_no_file_is_a_bad_image(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
-    (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
-    for name, reason in (
-        {"gone.jpg": "does not exist", "link.jpg": "does not exist", "pipe.jpg": "not a file"}
-    ).items():
-        with pytest.raises(BadImage, match=reason) as caught:
-            open_image(tmp_path / name)
-        assert caught.value.name == str(tmp_path / name)
-    with pytest.raises(BadImage, match="a folder"):
-        open_image(str(tmp_path))
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder"])
+def test_what_is_no_file_is_a_bad_image(kind, tmp_path):
+    path = tmp_path / "a.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)  # reading it would wait for ever
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    for known in (True, False):
+        with pytest.raises(BadImage, match="is a folder or a device") as caught:
+            open_image(path, known=known)
+        assert caught.value.name == str(path)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0, 0))
+
+
+def failing(monkeypatch, code, times=10**9, only=""):
+    """The system refuses to open files, so many times; gives the list of those that were asked for."""
+    asked, real = [], os.open
+
+    def refuses(path, *rest, **more):
+        if only in str(path) and isinstance(path, (str, Path)) and str(path).endswith(".png"):
+            asked.append(str(path))
+            if len(asked) <= times:
+                raise OSError(code, os.strerror(code), str(path))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuses)
+    return asked
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+def test_a_fault_of_the_disk_is_tried_again_and_then_says_nothing_of_the_picture(
+    code, tmp_path, monkeypatch, no_pauses
+):
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    with monkeypatch.context() as patch:
+        asked = failing(patch, code, times=3)
+        assert open_image(path).tobytes() == noise().tobytes()
+        assert len(asked) == 4
+    asked = failing(monkeypatch, code)
+    with pytest.raises(DiskFault) as caught:
+        open_image(path, name="train/a.png")
+    assert (caught.value.name, caught.value.reason) == ("train/a.png", f"cannot be read: {os.strerror(code)}")
+    assert not isinstance(caught.value, BadImage)
+    assert len(asked) == 4
+    with pytest.raises(DiskFault, match=os.strerror(code)):
+        open_image(path, known=False)
+    assert len(asked) == 5
+
+
+def test_a_fault_in_the_middle_of_a_file_is_the_disks_too(tmp_path, monkeypatch, no_pauses):
+    (tmp_path / "a.png").write_bytes(PNG)
+    read = []
+
+    class Breaking(io.BufferedReader):
+        def read(self, size=-1):
+            read.append(size)
+            if len(read) > 5:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    monkeypatch.setattr(data.os, "fdopen", lambda opened, mode: Breaking(io.FileIO(opened)))
+    with pytest.raises(DiskFault, match="Input/output error"):
+        open_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.3, 0.6, 0.9])
@@ -265,9 +332,122 @@ def test_broken_metadata_does_not_spoil_a_good_picture():
         assert open_image(encoded(noise(), kind, exif=b"Exif\0\0junk and more")).size == (24, 16)
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+LONG = zlib.compress(bytes(2 << 20))
+METADATA = {  # each is refused by Pillow 13, together with the picture
+    "long zTXt": chunk(b"zTXt", b"k\0\0" + LONG),
+    "long iTXt": chunk(b"iTXt", b"k\0\1\0\0\0" + LONG),
+    "long iCCP": chunk(b"iCCP", b"k\0\0" + LONG),
+    "much tEXt": b"".join(chunk(b"tEXt", b"k%d\0" % i + bytes(1 << 20)) for i in range(66)),
+    "damaged tEXt": chunk(b"tEXt", b"k\0words")[:-1] + b"\0",
+    "short pHYs": chunk(b"pHYs", b"a"),
+    "short gAMA": chunk(b"gAMA", b""),
+    "short cHRM": chunk(b"cHRM", b"12"),
+    "short sRGB": chunk(b"sRGB", b""),
+    "short acTL": chunk(b"acTL", b"1"),
+    "short fcTL": chunk(b"fcTL", b"1"),
+}
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("kind", METADATA)
+def test_no_metadata_makes_a_png_bad(kind, where):
+    place = 33 if where == "before" else len(PNG) - 12  # behind IHDR, before IEND
+    content = PNG[:place] + METADATA[kind] + PNG[place:]
+    if where == "before":
+        with pytest.raises((ValueError, OSError)):
+            Image.open(io.BytesIO(content)).load()
+    assert open_image(content).tobytes() == noise().tobytes()
+
+
+def test_a_png_cut_off_in_what_follows_its_pixels_is_whole():
+    assert open_image(PNG[:-12] + chunk(b"tEXt", b"k\0" + bytes(500))[:60]).tobytes() == noise().tobytes()
+
+
+def test_what_decides_the_pixels_of_a_png_is_no_metadata():
+    with pytest.raises(BadImage, match="tRNS"):
+        open_image(PNG[:33] + chunk(b"tRNS", b"") + PNG[33:])
+
+
+@pytest.mark.parametrize("turned_by", ["eXIf", "iTXt", "nothing"])
+def test_a_png_is_turned_upright_beside_metadata_that_is_passed_over(turned_by):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turn = {
+        "eXIf": chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        "iTXt": chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
+        "nothing": b"",
+    }[turned_by]
+    seen = open_image(PNG[:33] + METADATA["long zTXt"] + turn + PNG[33:])
+    want = noise() if turned_by == "nothing" else noise().transpose(Image.Transpose.ROTATE_270)
+    assert (seen.size, seen.tobytes()) == (want.size, want.tobytes())
+
+
+def test_a_bomb_in_metadata_is_not_inflated_and_pillows_limits_stay(tmp_path):
+    bomb = zlib.compress(bytes(300 << 20))
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG[:33] + chunk(b"zTXt", b"k\0\0" + bomb) + chunk(b"iCCP", b"k\0\0" + bomb) + PNG[33:])
+    before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, ImageFile.LOAD_TRUNCATED_IMAGES
+    peak_before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert open_image(path).tobytes() == noise().tobytes()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before_kib < 20 * 1024
+    assert before == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+_OF_JPEG = st.sampled_from([0xE1, 0xE2, 0xE3, 0xED, 0xEF, 0xFE])
+_BEGINS = st.sampled_from(
+    [
+        b"",
+        b"ICC_PROFILE\0",
+        b"MPF\0",
+        b"MPF\0II*\0\x08\0\0\0",
+        b"Photoshop 3.0\0008BIM",
+        b"Exif\0\0",
+        b"http://ns.adobe.com/xap/1.0/\0",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(_OF_JPEG, _BEGINS, st.binary(max_size=60)), min_size=1, max_size=4))
+def test_no_metadata_makes_a_jpeg_bad(segments):
+    inserted = b"".join(segment(marker, begin + body) for marker, begin, body in segments)
+    assert open_image(JPEG[:20] + inserted + JPEG[20:]).convert("RGB").size in ((24, 16), (16, 24))
+
+
+@pytest.mark.parametrize(
+    "inserted",
+    [segment(0xE2, b"ICC_PROFILE\0"), segment(0xE0, b"JFIF"),
+     segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b"<" * 60_000) * 20],
+    ids=["icc", "jfif", "xmp"],
+)  # fmt: skip
+def test_pixels_of_a_jpeg_are_the_same_with_broken_metadata(inserted):
+    assert open_image(JPEG[:20] + inserted + JPEG[20:]).tobytes() == open_image(JPEG).tobytes()
+
+
+@pytest.mark.parametrize("key", ["exif", "icc_profile", "xmp"])
+@pytest.mark.parametrize("kind", ["WEBP", "JPEG", "PNG"])
+def test_metadata_of_three_megabytes_changes_no_pixel(kind, key):
+    junk = random.Random(0).randbytes(
+        60_000 if (kind, key) == ("JPEG", "xmp") or (kind, key) == ("JPEG", "exif") else 3 << 20
+    )
+    options = {"lossless": True} if kind == "WEBP" else {}
+    plain = open_image(encoded(noise(), kind, **options))
+    assert open_image(encoded(noise(), kind, **options, **{key: junk})).tobytes() == plain.tobytes()
+
+
 def test_errors_survive_a_process_boundary():
     error = pickle.loads(pickle.dumps(BadImage("a.jpg", "the file is empty")))
     assert (type(error), error.name, error.reason) == (BadImage, "a.jpg", "the file is empty")
+    fault = pickle.loads(pickle.dumps(DiskFault("a.jpg", "cannot be read: Stale file handle")))
+    assert (type(fault), str(fault)) == (DiskFault, "a.jpg: cannot be read: Stale file handle")
 
 
 # ---- lists of pictures
@@ -337,6 +517,272 @@ def test_the_validation_folder_is_named_in_how(name, tmp_path):
     found = data.folder(fill(tmp_path, {"train/a": 2, "train/b": 2, f"{name}/a": 1, f"{name}/b": 1}))
     assert len(found.val) == 2
     assert f"train/ and {name}/ as given" in found.how
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("Training", "Testing"), ("TRAIN", "TEST"), ("train", "dev"), ("train", "eval"), ("training", "validation"),
+        ("Train_images", "Val_images"), ("train2017", "val2017"), ("training_set", "test_set"), ("trainset", "testset"),
+        ("TrainImages", "TestImages"), ("train-data", "validation-data"), ("seg_train", "seg_test"), ("trn", "tst"),
+        ("ILSVRC2012_img_train", "ILSVRC2012_img_val"), ("01 train", "02 test"), ("trains", "tests"),
+        ("train", "evaluation"),
+        ("Training Data", "Holdout Data"), ("trainval", "test"), ("asl_alphabet_train", "asl_alphabet_test"),
+    ],
+)  # fmt: skip
+def test_the_parts_of_a_data_set_are_known_as_people_call_them(train, val, tmp_path):
+    for name, n in ((train, 3), (val, 2)):
+        fill(tmp_path, {f"{name}/cat": n, f"{name}/dog": n})
+    found = data.folder(tmp_path)
+    assert found.train.classes == found.val.classes == ("cat", "dog")
+    assert (found.train.labels, found.val.labels) == ([0, 0, 0, 1, 1, 1], [0, 0, 1, 1])
+    assert {name.split("/")[0] for name in found.train.names} == {train}
+    assert {name.split("/")[0] for name in found.val.names} == {val}
+    assert f"{train}/ and {val}/ as given" in found.how
+    assert "not used" not in found.how
+    images, how = data.val_or_all(tmp_path)
+    assert (images.names, images.classes) == (found.val.names, found.val.classes)
+    assert str(tmp_path / val) in how
+
+
+@pytest.mark.parametrize(
+    ("parts", "chosen", "unused"),
+    [
+        (["train", "val", "test"], "val", "test/"),
+        (["train", "dev", "test"], "test", "dev/"),  # the first four spellings before all others
+        (["training", "evaluation", "validation"], "validation", "evaluation/"),
+        (["train", "Testing", "dev", "extra"], "dev", "Testing/, extra/"),
+        (["train", "test", "train_10", "valid"], "valid", "test/, train_10/"),
+        (["seg_train", "seg_test", "seg_pred"], "seg_test", "seg_pred/"),
+    ],
+)
+def test_of_several_held_out_folders_one_is_used_and_what_else_lies_there_is_said(parts, chosen, unused, tmp_path):
+    fill(tmp_path, {f"{part}/{of}": 2 for part in parts for of in ("a", "b")})
+    (tmp_path / "labels.csv").touch()
+    (tmp_path / "loose.png").write_bytes(PNG)
+    (tmp_path / ".cache").mkdir()
+    found = data.folder(tmp_path)
+    assert {name.split("/")[0] for name in found.val.names} == {chosen}
+    assert found.how.endswith(f"; not used, though beside: {unused}")
+    assert {why: names for why, (_, names) in found.ignored.items()} == {
+        "hidden or system": [".cache/"],
+        "no image suffix": ["labels.csv"],
+        "outside a class folder": ["loose.png"],
+    }
+    images, how = data.val_or_all(tmp_path)
+    assert images.names == found.val.names
+    assert unused in how
+
+
+@pytest.mark.parametrize("beside", [{"unlabelled": 4}, {"extra/a": 4}, {"dev": 3}])
+def test_what_lies_beside_a_train_folder_alone_is_said(beside, tmp_path):
+    fill(tmp_path, {"train/a": 4, "train/b": 4, **beside})
+    found = data.folder(tmp_path)
+    (name,) = {place.split("/")[0] for place in beside}
+    assert found.how.endswith(f"; not used, though beside: {name}/")
+    assert len(found.train) + len(found.val) == 8
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["bus", "train", "tram"], ["steam_train", "bullet_train"], ["test_tube", "flask"], ["dev", "prod"],
+        ["valid_ticket", "expired"], ["tr", "de"], ["evaluation", "planning"], ["trains", "buses"],
+        ["training", "match"],
+        ["testing", "production"], ["images", "drawings"], ["mask", "no_mask"], ["crash test", "road"],
+    ],
+)  # fmt: skip
+def test_classes_that_are_called_so_stay_classes(names, tmp_path):
+    fill(tmp_path, dict.fromkeys(names, 4))
+    assert data.folder(tmp_path).train.classes == tuple(sorted(names))
+
+
+@pytest.mark.parametrize("names", [["trains", "buses"], ["dev", "prod"], ["tr", "de"], ["bullet_train", "steam_train"]])
+def test_classes_with_folders_in_them_stay_classes(names, tmp_path):
+    fill(tmp_path, {f"{names[0]}/2019": 4, f"{names[0]}/2020": 4, f"{names[1]}/2020": 4, f"{names[1]}/front/left": 2})
+    found = data.folder(tmp_path)
+    assert found.train.classes == tuple(sorted(names))
+    assert len(found.train) + len(found.val) == 14
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"A/cat": 3, "A/dog": 3, "B/cat": 3, "B/dog": 3}, ["two ways", "A, B", "cat, dog", "rename", "folder train/"]),
+        ({f"{of}/{side}/x": 3 for of in "abc" for side in ("front", "back")}, ["two ways", "back, front", "train/a"]),
+        ({"tr/a": 2, "tr/b": 2, "te/a": 2, "te/b": 2}, ["two ways", "te, tr"]),
+        ({"A/cat": 9, "A/dog": 9, "B/cat": 9, "B/dog": 9, "A": 1}, ["two ways"]),
+        ({"cup/train": 3, "cup/test": 3, "pen/train": 2, "pen/test": 2, "pen/x": 1}, ["the parts come first"]),
+        ({"Training": 5, "Testing": 5}, ["Testing/", "no train/"]),
+        ({"val": 5, "test": 5}, ["test/, val/", "no train/"]),
+        ({"Testing/a": 5, "Testing/b": 5}, ["Testing/", "no train/", "if it is a class"]),
+        ({"Training/a": 3, "Training/b": 3, "Other/c": 3}, ["two ways", "Training/", "Other", "Rename"]),
+        ({"train2014/a": 2, "train2014/b": 2, "train2017/a": 2, "train2017/b": 2}, ["2 training folders", "join"]),
+        (
+            {"train/a": 2, "train/b": 2, "test1/a": 2, "test1/b": 2, "test2/a": 2},
+            ["2 held-out folders", "test1, test2"],
+        ),
+        ({"train/a": 2, "train/b": 2, "Train/a": 2, "Train/b": 2}, ["2 training folders", "Train, train"]),
+        ({"images": 5, "masks": 5}, ["masks", "same names", "0, 1, 2"]),
+        ({"Images": 5, "Ground Truth": 5}, ["Ground Truth"]),
+        ({"asl_train": 5, "asl_test": 5}, ["asl_test/", "no train/"]),
+        ({"train": 5, "dev": 5, "tram": 5}, ["dev/", "no train/"]),
+        ({"train/images": 5, "train/masks": 5}, ["masks", "same names"]),
+        ({"covid/images": 5, "covid/masks": 5, "normal/images": 5, "normal/masks": 5}, ["covid/masks"]),
+        ({"train/covid/images": 5, "train/covid/masks": 5, "train/normal/images": 5}, ["covid/masks"]),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused_with_what_to_do(files, words, tmp_path):
+    fill(tmp_path, files)
+    with pytest.raises(BadData) as caught:
+        data.folder(tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_folders_that_all_hold_the_same_are_classes_where_they_lie_in_train(tmp_path):
+    fill(tmp_path, {f"train/{of}/{side}": 5 for of in ("shoe", "boot") for side in ("left", "right")})
+    assert data.folder(tmp_path).train.classes == ("boot", "shoe")
+
+
+def test_masks_beside_pictures_of_other_names_are_a_class(tmp_path):
+    fill(tmp_path, {"images": 6, "masks": 0})
+    for index in range(6):
+        (tmp_path / "masks" / f"carnival{index}.png").write_bytes(PNG)
+    assert data.folder(tmp_path).train.classes == ("images", "masks")
+    for index in range(6):
+        (tmp_path / "masks" / f"{index}_mask.png").write_bytes(PNG)
+    with pytest.raises(BadData, match="same names"):
+        data.folder(tmp_path)
+
+
+def test_training_pictures_are_not_evaluated_unasked(tmp_path):
+    fill(tmp_path, {"train/a": 3, "train/b": 3})
+    with pytest.raises(BadData, match=f"no held-out folder beside it: to take all of that, give {tmp_path}/train"):
+        data.val_or_all(tmp_path)
+    assert len(data.val_or_all(tmp_path / "train")[0]) == 6
+
+
+# ---- one file, one label
+
+
+def linked(kind, new: Path, old: Path) -> None:
+    new.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "hard":
+        os.link(old, new)
+    elif kind == "file":
+        new.symlink_to(old)
+    else:  # of a folder
+        new.symlink_to(old.parent, target_is_directory=True)
+
+
+@pytest.mark.parametrize("kind", ["hard", "file", "folder"])
+@pytest.mark.parametrize("place", ["a", "train/a"])
+def test_one_file_in_a_class_counts_once_and_that_is_said(kind, place, tmp_path):
+    beside = place.replace("a", "b") if place == "a" else "train/b"
+    fill(tmp_path, {f"{place}/deep": 4, beside: 4})
+    linked(kind, tmp_path / place / "again.png", tmp_path / place / "deep" / "0.png")
+    if kind == "folder":
+        (tmp_path / place / "again.png").rename(tmp_path / place / "again")
+    found = data.folder(tmp_path)
+    assert len(found.train) + len(found.val) == 8
+    assert sum("by a link" in why for why in found.ignored) == 1
+    assert next(files for why, (files, _) in found.ignored.items() if "by a link" in why) == 1
+
+
+@pytest.mark.parametrize("kind", ["hard", "file", "folder"])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [("b/again.png", "a/0.png"), ("val/a/again.png", "train/a/0.png"), ("val/b/0/again.png", "train/a/0.png")],
+)
+def test_a_file_under_two_labels_or_in_both_parts_is_refused_with_both_names(kind, here, there, tmp_path):
+    if "train" in there:
+        fill(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    else:
+        fill(tmp_path, {"a": 3, "b": 3})
+    linked(kind, tmp_path / here, tmp_path / there)
+    name = here if kind != "folder" else f"{here}/0.png"
+    with pytest.raises(BadData, match="two labels, or") as caught:
+        data.folder(tmp_path)
+    assert name in str(caught.value)
+    assert there in str(caught.value)
+    assert ("3 file(s)" if kind == "folder" else "1 file(s)") in str(caught.value)
+    if "train" not in there:
+        with pytest.raises(BadData, match="two labels, or"):
+            data.val_or_all(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["..", "../..", ".", "/"])
+def test_a_link_to_a_folder_above_is_not_followed_and_said(target, tmp_path):
+    root = fill(tmp_path / "set", {"a": 4, "b": 4})
+    (root / "a" / "up").symlink_to(target, target_is_directory=True)
+    found = data.folder(root)
+    assert len(found.train) + len(found.val) == 8
+    assert found.ignored["a link to a folder above"] == (1, ["a/up/"])
+
+
+def test_a_class_that_is_a_link_to_the_data_set_is_none(tmp_path):
+    fill(tmp_path, {"a": 4, "b": 4})
+    (tmp_path / "all").symlink_to(".")
+    assert data.folder(tmp_path).train.classes == ("a", "b")
+
+
+def test_links_that_lead_to_each_other_end(tmp_path):
+    root = fill(tmp_path / "set", {"a": 4, "b": 4})
+    fill(tmp_path, {"one": 2, "two": 2})
+    (root / "a" / "out").symlink_to(tmp_path / "one")
+    (tmp_path / "one" / "to").symlink_to(tmp_path / "two")
+    (tmp_path / "two" / "to").symlink_to(tmp_path / "one")
+    found = data.folder(root)
+    assert {n for n in (*found.train.names, *found.val.names) if "out" in n} == {
+        "a/out/0.png", "a/out/1.png", "a/out/to/0.png", "a/out/to/1.png",
+    }  # fmt: skip
+    assert found.ignored["a link to a folder above"].first_names == ["a/out/to/to/"]
+
+
+def test_a_link_that_leads_nowhere_is_a_fault_of_the_disk_found_before_training(tmp_path, no_pauses):
+    fill(tmp_path, {"a": 4, "b": 4})
+    (tmp_path / "a" / "gone.png").symlink_to("/mnt/away/1.png")
+    (tmp_path / "b" / "circle").symlink_to("circle")
+    with pytest.raises(DiskFault, match=r"a/gone\.png: is a link whose target cannot be read: No such file"):
+        data.folder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_for_a_moment_is_listed(tmp_path, monkeypatch, no_pauses):
+    fill(tmp_path, {"a": 4, "b": 4})
+    want, real, asked = data.folder(tmp_path).train.names, os.scandir, []
+
+    def refuses(path):
+        if str(path).rstrip("/").endswith("b"):
+            asked.append(path)
+            if len(asked) <= 3:
+                raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    assert data.folder(tmp_path).train.names == want
+    asked.clear()
+    monkeypatch.setattr(files, "PAUSES_S", ())
+    with pytest.raises(DiskFault, match="cannot be listed: Permission denied"):
+        data.folder(tmp_path)
+
+
+def test_a_disk_that_gives_all_files_one_number_in_its_lists_is_asked_for_each(tmp_path, monkeypatch):
+    fill(tmp_path, {"a": 4, "b": 4})
+    want = data.folder(tmp_path).train.names
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path, self.is_dir, self.is_symlink = entry.name, entry.path, entry.is_dir, entry.is_symlink
+
+        def inode(self):
+            return 2**32 - 1
+
+    real = data._entries
+    monkeypatch.setattr(data, "_entries", lambda place: (real(place)[0], [Entry(e) for e in real(place)[1]]))
+    found = data.folder(tmp_path)
+    assert (found.train.names, found.ignored) == (want, {})
 
 
 def test_r61_a_class_missing_or_empty_in_val_shifts_no_label(tmp_path):
@@ -499,6 +945,29 @@ class Numbered(Images):
         return Image.new("L", (8, 8), index % 256)
 
 
+@dataclass(frozen=True, eq=False)
+class Same(Images):
+    """Every picture is this one."""
+
+    image: Image.Image
+
+    def load(self, index: int) -> Image.Image:
+        return self.image
+
+
+@dataclass(frozen=True, eq=False)
+class Away(Images):
+    """Picture i is one grey level, i; the disk of picture 33 is away while there is such a file."""
+
+    switch: Path
+    error: Exception
+
+    def load(self, index: int) -> Image.Image:
+        if index == 33 and self.switch.exists():
+            raise self.error
+        return Image.new("L", (8, 8), index % 256)
+
+
 def numbered(n_images: int, broken: tuple[int, ...] = ()) -> Numbered:
     names = [f"class{i % 3}/{i:04d}.png" for i in range(n_images)]
     return Numbered(("class0", "class1", "class2"), names, [i % 3 for i in range(n_images)], frozenset(broken))
@@ -619,6 +1088,89 @@ def test_imagenet_flips_and_digits_never_do():
             if abs(difference) > 0.3:
                 sides.add(difference > 0)
         assert sides == ({True, False} if flips else {True})
+
+
+@pytest.mark.parametrize("ops", [0, 2])
+@pytest.mark.parametrize("view", [COLOUR, GREY], ids=["colour", "grey"])
+def test_the_strengths_of_augmentation_have_the_values_they_had_before_they_could_be_chosen(view, ops):
+    steps = [v2.RandomResizedCrop(view.image_px, scale=(0.08, 1)), v2.RandomHorizontalFlip()]
+    strength = {"randaugment_ops": ops, "randaugment_magnitude": 9}
+    if ops:
+        grey = (128,) * 3 if view.in_channels == 3 else 128
+        how = {"img_mean": grey, "translate_const": int(0.45 * view.image_px)}
+        steps.append(rand_augment_transform("rand-m9-n2-p1.0-mmax10", how))
+    before = v2.Compose([view._in_mode, *steps, view._normalised])
+    for chosen in ({}, {"flip_frac": 0.5, "min_crop_frac": 0.08}):
+        now = batching.training_transform(view, augment="imagenet", **strength, **chosen)
+        for seed in range(20):
+            seeded(seed)
+            want = before(noise(30, 20))
+            seeded(seed)
+            assert torch.equal(now(noise(30, 20)), want)
+
+
+def test_with_no_flips_no_training_view_is_ever_a_mirror_image():
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)))  # brighter to the right
+
+    def views(flip_frac, **more):
+        transform = batching.training_transform(
+            replace(GREY, image_px=16), augment="imagenet", flip_frac=flip_frac, **more
+        )
+        for seed in range(100):
+            seeded(seed)
+            yield transform(ramp)
+
+    never, half, always = (list(views(flip_frac)) for flip_frac in (0.0, 0.5, 1.0))
+    assert all((view.diff(dim=-1) >= 0).all() for view in never)
+    for one, either, other in zip(never, half, always, strict=True):  # and whatever else is drawn stays
+        assert torch.equal(other, one.flip(-1))
+        assert torch.equal(either, one) or torch.equal(either, other)
+    assert 30 < sum(torch.equal(a, b) for a, b in zip(never, half, strict=True)) < 70
+    assert 30 < sum(torch.equal(a, b) for a, b in zip(views(0.3), never, strict=True)) < 90
+
+
+@pytest.mark.parametrize("min_crop_frac", [0.08, 0.5, 0.9])
+def test_no_crop_is_smaller_than_asked(min_crop_frac):
+    levels = np.stack(np.meshgrid(np.arange(200), np.arange(200)), -1).astype(np.uint8)
+    image = Image.fromarray(np.concatenate([levels, levels[..., :1]], -1))  # a pixel says where it lies
+    view = View(image_px=64, in_channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    transform = batching.training_transform(view, augment="imagenet", min_crop_frac=min_crop_frac)
+    areas = []
+    for seed in range(60):
+        seeded(seed)
+        low, high = (transform(image)[:2] * 255).flatten(1).aminmax(dim=1)
+        areas.append((high - low + 1).prod().item() / 200**2)
+    assert min_crop_frac * 0.9 < min(areas) < min_crop_frac + 0.12
+    assert max(areas) > 0.8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flip_frac": 1.0},
+        {"min_crop_frac": 0.9},
+        {"erase_frac": 0.9},
+        {"randaugment_ops": 1, "randaugment_magnitude": 5},
+    ],
+)
+def test_batches_pass_each_strength_on(change):
+    images = numbered(20)
+    asked = {"batch_images": 10, "training": True, "augment": "imagenet"}
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)))
+    images = Same(images.classes, images.names, images.labels, ramp)
+    plain, changed = (list(Batches(images, GREY, **asked, **more).epoch(0)) for more in ({}, change))
+    assert [b.ids for b in plain] == [b.ids for b in changed]
+    assert not torch.equal(plain[0].images, changed[0].images)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"flip_frac": -0.1}, {"flip_frac": 1.1}, {"min_crop_frac": 0.0}, {"min_crop_frac": 1.5}, {"erase_frac": 2.0}],
+)
+def test_a_strength_out_of_its_range_is_refused(asked):
+    ((name, value),) = asked.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}: it must lie"):
+        batching.training_transform(COLOUR, augment="imagenet", **asked)
 
 
 def test_randaugment_changes_the_picture_and_its_magnitude_matters():
@@ -1027,6 +1579,114 @@ def test_r51_evaluation_replaces_nothing(workers):
     assert str(error) == "class0/0033.png: the file is empty"  # also from a worker: no traceback in the text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [DiskFault("class0/0033.png", "cannot be read: Input/output error"), OSError(errno.EIO, "Input/output error")],
+    ids=["ours", "systems"],
+)
+def test_a_fault_of_the_disk_ends_the_epoch_as_it_is_and_nothing_is_concluded_from_it(
+    error, training, workers, tmp_path
+):
+    switch, bad_file, plain = tmp_path / "away", tmp_path / "bad.jsonl", numbered(60)
+    away = Away(plain.classes, plain.names, plain.labels, switch, error)
+    asked = {"batch_images": 10, "training": training, "workers": workers, "max_bad_frac": 1.0, "bad_file": bad_file}
+    batches = Batches(away, GREY, **asked)
+    want = list(Batches(plain, GREY, batch_images=10, training=training).epoch(0))
+    switch.touch()
+    seen, stream = [], batches.epoch(0)
+    with pytest.raises(DiskFault) as caught:  # noqa: PT012
+        for batch in stream:
+            seen.append(batch)
+    assert (caught.value.name, caught.value.reason) == ("class0/0033.png", "cannot be read: Input/output error")
+    assert len(seen) == next(number for number, batch in enumerate(want) if 33 in batch.ids)
+    assert same(seen, want[: len(seen)])
+    assert batches.bad == {}
+    assert not bad_file.exists()
+    switch.unlink()  # and when the disk is back, the epoch goes on where it was, to the bit
+    assert same(list(batches.epoch(0, first_batch=len(seen))), want[len(seen) :])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_listed_file_that_is_gone_is_neither_replaced_nor_excluded(training, tmp_path, no_pauses):
+    fill(tmp_path, {"a": 40, "b": 40})
+    found = data.folder(tmp_path)
+    images = found.train if training else found.val
+    (tmp_path / images.names[3]).unlink()
+    with pytest.raises(DiskFault, match="No such file") as caught:
+        list(Batches(images, COLOUR, batch_images=len(images), training=training, max_bad_frac=1.0).epoch(0))
+    assert caught.value.name == images.names[3]
+
+
+def listing(tmp_path, bad_file, broken=(17, 130)):
+    images = numbered(200, broken=broken)
+    return Batches(images, GREY, batch_images=50, training=True, max_bad_frac=0.05, bad_file=bad_file)
+
+
+def names_in(bad_file):
+    return [json.loads(line)["name"] for line in bad_file.read_bytes().splitlines()]
+
+
+BOTH = ["class1/0130.png", "class2/0017.png"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_bad_images_are_listed_on_a_disk_without_locks(code, tmp_path, monkeypatch):
+    def refuses(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuses)
+    assert len(list(listing(tmp_path, tmp_path / "bad.jsonl").epoch(0))) == 4
+    assert sorted(names_in(tmp_path / "bad.jsonl")) == BOTH
+
+
+@pytest.mark.parametrize("fault", ["full", "half a line", "link", "folder", "no folder"])
+def test_a_list_of_bad_images_that_cannot_be_written_is_said_once_and_written_later(
+    fault, tmp_path, capsys, largest_file, monkeypatch
+):
+    bad_file = tmp_path / "run" / "bad.jsonl"
+    if fault != "no folder":
+        bad_file.parent.mkdir()
+    if fault == "link":
+        (tmp_path / "mine").write_text("mine")
+        bad_file.symlink_to(tmp_path / "mine")
+    if fault == "folder":
+        bad_file.mkdir()
+    batches = listing(tmp_path, bad_file)
+    with largest_file({"full": 0, "half a line": 30}.get(fault, 1 << 30)):
+        seen = list(batches.epoch(0))
+    assert same(seen, list(listing(tmp_path, None).epoch(0)))
+    assert sorted(batches.bad) == BOTH
+    said = capsys.readouterr().err
+    assert said.count("the run goes on") == 1
+    assert str(bad_file) in said
+    if fault in ("full", "half a line"):
+        assert bad_file.read_bytes() == b""
+    if fault == "link":
+        assert (tmp_path / "mine").read_text() == "mine"
+        bad_file.unlink()
+    if fault == "folder":
+        bad_file.rmdir()
+    bad_file.parent.mkdir(exist_ok=True)
+    list(batches.epoch(1))
+    assert sorted(names_in(bad_file)) == BOTH
+    assert "the run goes on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe\n", b"{}\n", b"[1]\n", b"null\n", b"words\n", b"[" * 100_000 + b"\n", b"\n"], ids=range(7)
+)
+def test_damaged_lines_in_the_list_of_bad_images_are_left_and_said(line, tmp_path, capsys):
+    bad_file = tmp_path / "bad.jsonl"
+    held = line + b'{"name": "class2/0017.png", "reason": "x"}'  # whole, though its line end is missing
+    bad_file.write_bytes(held)
+    list(listing(tmp_path, bad_file).epoch(0))
+    content = bad_file.read_bytes()
+    assert content == held + b'\n{"name": "class1/0130.png", "reason": "the file is empty"}\n'
+    assert capsys.readouterr().err.count("1 of them: they are left as they are") == 1
+
+
 def test_r50_bad_files_on_disk_are_found_named_and_replaced(tmp_path):
     fill(tmp_path, {"train/a": 40, "train/b": 40, "val/a": 2, "val/b": 2})
     (tmp_path / "train" / "b" / "7.png").write_bytes(PNG[:100])
@@ -1077,3 +1737,31 @@ def test_an_epoch_of_digits_takes_well_under_a_second():
     start = time.process_time()  # of this process alone: a busy neighbour does not count
     assert sum(len(batch.ids) for batch in batches.epoch(1)) == 1408
     assert time.process_time() - start < 1  # 0.17 s on a quiet core
+
+
+@dataclass(frozen=True, eq=False)
+class Slow(Images):
+    """A picture takes a while, as it does from a disk; the process that reads it leaves word of itself."""
+
+    place: Path
+
+    def load(self, index: int) -> Image.Image:
+        (self.place / str(os.getpid())).touch()
+        time.sleep(0.01)
+        return Image.new("L", (8, 8))
+
+
+def _reads_large_batches(place):
+    plain = numbered(20_000)
+    images = Slow(plain.classes, plain.names, plain.labels, place)
+    next(Batches(images, GREY, batch_images=4096, training=True, workers=3).epoch(0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_that_read_are_gone_soon_after_their_run_however_large_the_batch(number, tmp_path, children):
+    run = children.start(_reads_large_batches, tmp_path)  # a batch takes 40 s
+    readers = tmp_path.glob
+    until(lambda: len(list(readers("[0-9]*"))) == 3)
+    pids = [path.name for path in readers("[0-9]*")]
+    os.kill(run.pid, number)
+    until(lambda: not any(map(runs, pids)), timeout_s=10)

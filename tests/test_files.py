@@ -7,10 +7,9 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import runs, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -219,14 +218,6 @@ def _a_program(kind, place):
     for start in (readers[0].start, readers[1].start, starter.start, starter.join):
         start()
     time.sleep(300)
-
-
-def runs(pid):
-    """Whether there is such a process, and not only its exit code, which nobody has asked for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver"])

@@ -74,6 +74,8 @@ def test_a_recipe_survives_json(run):
         ("lr_per_256", 0.0), ("lr_per_256", float("nan")), ("optimizer", "lion"),
         ("accumulation", 0), ("clip_norm", -1.0), ("batch_norm", "mine"), ("precision", "int8"),
         ("mixup_alpha", -0.1), ("cutmix_alpha", -0.1), ("erase_frac", 1.1), ("augment", "cutout"),
+        ("flip_frac", -0.1), ("flip_frac", 1.1), ("flip_frac", float("nan")), ("min_crop_frac", 0.0),
+        ("min_crop_frac", 1.1),
         ("interpolation", "nearest"), ("momentum", 1.0), ("label_smoothing", 1.0), ("drop_rate", -0.1),
         ("drop_path_rate", 1.0), ("ema_decay", 1.0), ("weight_decay", -1e-4), ("crop_frac", 0.0),
         ("randaugment_ops", -1), ("mean", (0.5,)), ("std", (0.5,)),
@@ -99,6 +101,42 @@ def test_choose_replaces_only_what_is_given():
     assert run == dataclasses.replace(
         folder(), model="resnet50_llll", image_px=32, epochs=20, warmup_epochs=1.0, batch_images=8, lr_per_256=0.2
     )
+
+
+STRENGTHS = {
+    "flip_frac": 0.0, "min_crop_frac": 0.5, "randaugment_ops": 0, "randaugment_magnitude": 5, "erase_frac": 0.25,
+    "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["folder", "pareto", "finetune", "layer_comparison"])
+def test_choose_takes_every_strength_of_augmentation_a_zero_too(name):
+    plain, given = choose(name), dict(STRENGTHS)
+    if not plain.randaugment_ops:
+        given["randaugment_ops"] = 2
+    for one, value in given.items():
+        if one == "randaugment_magnitude" and not plain.randaugment_ops:
+            continue
+        more = {"randaugment_magnitude": 9} if (one, value) == ("randaugment_ops", 2) else {}
+        run = choose(name, **{one: value}, **more)
+        assert run == dataclasses.replace(plain, **{one: value}, **more)
+        assert run != plain
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("digits", {"flip_frac": 0.5}, "flip_frac is 0.5, but flips and crops go with augment='imagenet' only"),
+        ("digits", {"min_crop_frac": 0.5}, "min_crop_frac is 0.5, but flips and crops"),
+        ("digits", {"randaugment_ops": 1, "randaugment_magnitude": 9}, "RandAugment goes with augment='imagenet' only"),
+        ("layer_comparison", {"randaugment_magnitude": 9}, "randaugment_ops is 0: give both"),
+        ("layer_comparison", {"randaugment_ops": 1}, "randaugment_magnitude must be in 3 to 15, not 0"),
+        ("folder", {"randaugment_magnitude": 16}, "randaugment_magnitude must be in 3 to 15, not 16"),
+    ],
+)
+def test_a_strength_that_would_do_nothing_is_refused(name, given, message):
+    with pytest.raises(BadRecipe, match=message):
+        choose(name, **given)
 
 
 def test_choose_finds_the_papers_row_by_model_and_size():
@@ -158,6 +196,8 @@ def test_a_recipe_of_the_first_version_is_understood():
         "batch_norm",
         "erase_frac",
         "mixup_alpha",
+        "flip_frac",
+        "min_crop_frac",
     ):
         del record[new]
     assert Recipe.from_json({**record, "amp": True}) == digits()

@@ -43,6 +43,9 @@ class Recipe:
     decay_everything    weight decay on those too
     label_smoothing     share of the target spread evenly over the classes, in [0, 1)
     augment             "none"; "imagenet": random resized crop and flip; "digits": a mild rotation, shift and zoom
+    flip_frac           share of the images that "imagenet" flips from left to right, in [0, 1]; 0 where left and right
+                        tell classes apart (a left and a right shoe, b and d)
+    min_crop_frac       the smallest crop of "imagenet", as a part of the picture's area, in (0, 1]
     randaugment_ops     RandAugment operations an image, 0 for none
     randaugment_magnitude  their level in the TensorFlow code that the paper's numbers belong to, 3 to 15
     erase_frac          share of the images of which a random rectangle is erased, in [0, 1]
@@ -84,6 +87,8 @@ class Recipe:
     decay_everything: bool = False
     label_smoothing: float = 0.0
     augment: Literal["none", "imagenet", "digits"] = "none"
+    flip_frac: float = 0.5
+    min_crop_frac: float = 0.08
     randaugment_ops: int = 0
     randaugment_magnitude: int = 0
     erase_frac: float = 0.0
@@ -127,8 +132,10 @@ class Recipe:
             need(0 <= getattr(self, argument) < 1, argument, "in [0, 1)")
         for argument in ("weight_decay", "clip_norm", "mixup_alpha", "cutmix_alpha"):
             need(getattr(self, argument) >= 0, argument, "at least 0")
-        need(0 <= self.erase_frac <= 1, "erase_frac", "in [0, 1]")
-        need(0 < self.crop_frac <= 1, "crop_frac", "in (0, 1]")
+        for argument in ("erase_frac", "flip_frac"):
+            need(0 <= getattr(self, argument) <= 1, argument, "in [0, 1]")
+        for argument in ("crop_frac", "min_crop_frac"):
+            need(0 < getattr(self, argument) <= 1, argument, "in (0, 1]")
         need(self.randaugment_ops >= 0, "randaugment_ops", "at least 0")
         if self.randaugment_ops:  # below 3 its posterize, as published, keeps no bit
             need(3 <= self.randaugment_magnitude <= 15, "randaugment_magnitude", "in 3 to 15")
@@ -228,6 +235,14 @@ def choose(
     clip_norm: float | None = None,
     batch_norm: BatchNorm | None = None,
     precision: Precision | None = None,
+    flip_frac: float | None = None,
+    min_crop_frac: float | None = None,
+    randaugment_ops: int | None = None,
+    randaugment_magnitude: int | None = None,
+    erase_frac: float | None = None,
+    mixup_alpha: float | None = None,
+    cutmix_alpha: float | None = None,
+    label_smoothing: float | None = None,
     small: bool = False,
 ) -> Recipe:
     """The recipe of that name with the given values in place of its own; what the command line calls.
@@ -276,5 +291,22 @@ def choose(
         "clip_norm": clip_norm,
         "batch_norm": batch_norm,
         "precision": precision,
+        "flip_frac": flip_frac,
+        "min_crop_frac": min_crop_frac,
+        "randaugment_ops": randaugment_ops,
+        "randaugment_magnitude": randaugment_magnitude,
+        "erase_frac": erase_frac,
+        "mixup_alpha": mixup_alpha,
+        "cutmix_alpha": cutmix_alpha,
+        "label_smoothing": label_smoothing,
     }
-    return replace(recipe, **{argument: value for argument, value in changes.items() if value is not None})
+    for argument in ("flip_frac", "min_crop_frac"):
+        if changes[argument] is not None and recipe.augment != "imagenet":
+            raise BadRecipe(
+                f"{argument} is {changes[argument]}, but flips and crops go with augment='imagenet' only, and the "
+                f"recipe {recipe.name!r} has {recipe.augment!r}"
+            )
+    recipe = replace(recipe, **{argument: value for argument, value in changes.items() if value is not None})
+    if randaugment_magnitude is not None and not recipe.randaugment_ops:
+        raise BadRecipe(f"randaugment_magnitude is {randaugment_magnitude}, but randaugment_ops is 0: give both")
+    return recipe
