@@ -366,7 +366,7 @@ class Batches:
                 num_workers=workers,
                 persistent_workers=True,
                 collate_fn=_unchanged,
-                worker_init_fn=_serve_the_run,
+                worker_init_fn=serve_the_run,
                 generator=torch.Generator(),  # else every epoch draws from the ambient one
             )
 
@@ -396,7 +396,7 @@ class Batches:
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_unchanged,
-                worker_init_fn=_serve_the_run,
+                worker_init_fn=serve_the_run,
                 generator=torch.Generator(),
             )
         return self._source if self._source is not None else map(self._reader.__getitem__, self._keys)
@@ -435,7 +435,7 @@ class Batches:
             raise BadData(f"{found}: {remedy}; the first:{first}")
 
 
-def _serve_the_run(worker: int) -> None:
+def serve_the_run(worker: int) -> None:
     """In a reading process: it ends with its run, and SIGTERM and Ctrl-C end it only when its own run sends them.
 
     torchrun, schedulers and terminals send them to every process at once. The run answers by finishing its step and

@@ -35,7 +35,7 @@ REPORT = "report.html"
 _TABLE_CLASSES = 40  # rows that a person reads; all are in the JSON file
 _MISTAKES = 24  # thumbnails in a report
 _COLUMN = 40  # letters of a class in the table
-_LINES_BYTES = 1 << 30  # of a file of lines that a report reads; the rest of a larger one is left out
+_LINES_BYTES = 256 << 20  # of a file of lines that a report reads; the rest of a larger one is left out
 _LINE_BYTES = 1 << 20
 
 

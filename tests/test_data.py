@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 import warnings
 import zlib
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import runs, until
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 from timm.data.auto_augment import rand_augment_transform
@@ -662,6 +663,45 @@ def test_training_pictures_are_not_evaluated_unasked(tmp_path):
     with pytest.raises(BadData, match=f"no held-out folder beside it: to take all of that, give {tmp_path}/train"):
         data.val_or_all(tmp_path)
     assert len(data.val_or_all(tmp_path / "train")[0]) == 6
+
+
+_TOP = st.sampled_from(
+    "train val test Training Testing dev val2017 seg_train seg_test cat dog images masks".split()  # noqa: SIM905
+)
+_INNER = st.sampled_from([["a", "b"], ["a", "b", "c"], [""]]) | st.lists(
+    st.sampled_from(["a", "b", "front", "train", "masks", "images", ""]), max_size=3
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(_TOP, _INNER, min_size=1, max_size=4), st.integers(2, 3))
+def test_of_any_folder_each_picture_is_used_or_said_and_its_label_is_its_folder(tree, n):
+    with tempfile.TemporaryDirectory() as place:
+        root = fill(Path(place), {f"{top}/{of}": n for top, inner in tree.items() for of in inner}, content=b"")
+        try:
+            found = data.folder(root)
+        except BadData as error:
+            assert place in str(error)
+            event("refused")
+            return
+    labels = {
+        name: images.classes[label]
+        for images in (found.train, found.val)
+        for name, label in zip(images.names, images.labels, strict=True)
+    }
+    assert len(labels) == len(found.train) + len(found.val)
+    in_parts = " as given" in found.how or f"of each class of {place}/" in found.how
+    event("in parts" if in_parts else "classes")
+    for name, label in labels.items():
+        assert label == name.split("/")[1 if in_parts else 0]
+    unused = found.how.partition("though beside: ")[2].split(", ")
+    ignored = {name for _, names in found.ignored.values() for name in names}
+    for top, inner in tree.items():
+        names = {f"{top}/{of}/{index}.png".replace("//", "/") for of in inner for index in range(n)}
+        if f"{top}/" in unused:
+            assert not names & set(labels)
+        else:
+            assert names <= set(labels) | ignored
 
 
 # ---- one file, one label

@@ -5,30 +5,36 @@ import dataclasses
 import io
 import json
 import os
+import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from PIL import Image
 from torch.nn import functional as F
 
 import lambdanets
 import lambdanets.data
 from lambdanets.batches import Batches, View
-from lambdanets.checkpoint import BadRun, open_run, save_weights
+from lambdanets.checkpoint import BadRun, Run, open_run, save_weights
 from lambdanets.cli import main
 from lambdanets.data import BadData, BadImage
 from lambdanets.evaluate import Confusion, evaluate
 from lambdanets.files import write_json
 from lambdanets.pack import pack
 from lambdanets.recipes import choose
-from lambdanets.report import curves_svg
-from lambdanets.results import _losses, _worst, evaluate_run, own_images, per_class, write_report
+from lambdanets.report import confusion_png, curves_svg
+from lambdanets.results import Evaluation, _losses, _worst, _write, evaluate_run, own_images, per_class, write_report
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "<b>$5 & co")
@@ -141,6 +147,107 @@ def test_the_table_by_class_counts_labels_guesses_and_the_commonest_mistake():
     assert [row["most_often_taken_for"] for row in rows] == [
         {"class": "c", "images": 2}, None, {"class": "a", "images": 1},
     ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.data())
+def test_counts_by_pairs_are_those_of_a_matrix(classes, data):
+    one = st.integers(0, classes - 1)
+    pairs = data.draw(st.lists(st.tuples(one, one), min_size=1, max_size=60))
+    want = torch.zeros(classes, classes, dtype=torch.int64)
+    for label, predicted in pairs:
+        want[label, predicted] += 1
+    found = Confusion.of(classes, pairs)
+    assert found.dense() == want.tolist()
+    assert found.right == int(want.diagonal().sum())
+    assert found.sums() == (want.sum(1).tolist(), want.sum(0).tolist())
+    wrong = want - torch.diag(want.diagonal())
+    assert [n for *_, n in found.mistakes()] == sorted(wrong[wrong > 0].tolist(), reverse=True)
+    assert Confusion.read(json.loads(json.dumps(found.json())), classes) == found
+    assert Confusion.read(found.dense(), classes) == found
+    for label, row in enumerate(per_class(found, ["name"] * classes)):
+        counts, column, own = want[label], want[:, label], int(want[label, label])
+        assert (row["images"], row["right"]) == (int(counts.sum()), own)
+        assert row["precision_frac"] == (own / int(column.sum()) if column.sum() else None)
+        others = [int(n) for i, n in enumerate(counts) if i != label]
+        taken = row["most_often_taken_for"]
+        assert (0 if taken is None else taken["images"]) == max(others, default=0)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        None, 3, [], [[1, 0]], [[1, 0], [0]], [[1, 0], [0, -1]], [[1, 0], [0, True]], [[1.5, 0], [0, 1]], {},
+        {"classes": 3, "cells": []}, {"classes": 2}, {"classes": 2, "cells": {}}, {"classes": 2, "cells": [[0, 0]]},
+        {"classes": 2, "cells": [[0, 2, 1]]}, {"classes": 2, "cells": [[-1, 0, 1]]},
+        {"classes": 2, "cells": [[0, 0, 0]]}, {"classes": 2, "cells": [[0, 0, 1], [0, 0, 1]]},
+        {"classes": 2, "cells": [[0, "0", 1]]},
+    ],
+)  # fmt: skip
+def test_what_is_no_count_of_pairs_is_refused(held):
+    with pytest.raises(ValueError, match=r"neither the cells nor the rows|cannot be a cell|is not a label"):
+        Confusion.read(held, 2)
+
+
+class Columns(torch.nn.Module):
+    """The first class of an image is 256 red + green of its first pixel."""
+
+    def forward(self, x):
+        first = (x[:, 0, 0, 0] * 255).round().long() * 256 + (x[:, 1, 0, 0] * 255).round().long()
+        return F.one_hot(first, MANY).float() * 20
+
+
+MANY = 21_841
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Pixels(lambdanets.data.Images):
+    predicted: list
+
+    def load(self, index):
+        return Image.new("RGB", (1, 1), (*divmod(self.predicted[index], 256), 0))
+
+
+def many_classes(made):
+    """Scores, picture, page and JSON of 4,000 images in 21,841 classes; gives seconds, memory and numbers."""
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = tuple(f"n{i:08d}" for i in range(MANY))
+    draw = random.Random(0)
+    labels = [draw.randrange(MANY) for _ in range(4_000)]
+    predicted = [label if i % 4 else (label + 1 + i % 3) % MANY for i, label in enumerate(labels)]
+    images = Pixels(names, [f"{i}.png" for i in range(len(labels))], labels, predicted)
+    batches = Batches(images, View(1, 3, (0.0,) * 3, (1.0,) * 3, 1.0), batch_images=64, training=False)
+    scores = evaluate(Columns(), batches, classes=MANY, device=CPU)
+    made = Path(made)
+    record = record_of(made / "run") | {"classes": list(names)}
+    run = Run(made / "run", Columns(), batches.view, names, record)
+    folder = _write(Evaluation(scores, images, "how", {}, None), run, made / "run", "x", None)
+    write_json(made / "run" / "run.json", record | {"result": {"confusion": scores.confusion.json()}})
+    report = write_report(made / "run", record, scores, images)
+    sizes = [p.stat().st_size for p in (folder / "evaluation.json", made / "run" / "run.json", report)]
+    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return [time.process_time() - began, grown_mb, scores.n, scores.errors, sizes]
+
+
+def test_twenty_thousand_classes_are_judged_in_a_minute_and_a_gigabyte(made, children):
+    seconds, grown_mb, n, errors, sizes = children.start(many_classes, str(made)).gave()
+    assert (n, errors) == (4_000, 1_000)
+    assert seconds < 60
+    assert grown_mb < 700
+    assert sizes[0] < 10e6
+    assert max(sizes[1:]) < 3e6
+
+
+def test_of_many_classes_the_picture_shows_the_mistakes_and_of_few_the_matrix(monkeypatch):
+    shown, matrix, bars = [], Axes.imshow, Axes.barh
+    monkeypatch.setattr(Axes, "imshow", lambda *a, **k: shown.append("matrix") or matrix(*a, **k))
+    monkeypatch.setattr(Axes, "barh", lambda axes, y, n, **k: shown.append(n) or bars(axes, y, n, **k))
+    names = [f"class {i}" for i in range(60)]
+    confusion_png(Confusion.of(50, [(0, 1), (2, 2)]), names[:50], "")
+    confusion_png(Confusion.of(51, [(0, 1), (0, 1), (5, 4), (2, 2)]), names[:51], "")
+    confusion_png(Confusion.of(60, [(i, i) for i in range(60)]), names, "")
+    confusion_png(Confusion.of(60, [(i, (i + 1) % 60) for i in range(60)]), names, "")
+    assert shown == ["matrix", [2, 1], [], [1] * 25]
 
 
 def test_the_command_prints_the_numbers_and_the_table(made, capsys):
