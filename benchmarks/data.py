@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 
-from lambdanets.batches import Batches, View
+from lambdanets.batches import Batches
 from lambdanets.data import folder
 from lambdanets.pack import pack
 from lambdanets.recipes import IMAGENET_MEAN, IMAGENET_STD
+from lambdanets.transforms import View
 
 PX, BATCH_IMAGES, CLASSES = 224, 32, 4
 

@@ -24,9 +24,10 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from .data import IMAGE_SUFFIXES, BadData, DiskFault
+from .decode import BadData, DiskFault
 from .errors import SHOWN, printable
 from .files import open_file, tried_again
+from .listing import IMAGE_SUFFIXES
 
 STREAM = "stream:"
 """Before a folder or URL of shards: read them from end to end."""

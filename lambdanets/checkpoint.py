@@ -33,13 +33,13 @@ import torchvision
 from torch import Tensor, nn
 
 import lambdanets
-from lambdanets.batches import View
-from lambdanets.errors import printable, some
+from lambdanets.errors import BadRun, printable, some
 from lambdanets.files import field, json_object, open_file, placed, read_json
 from lambdanets.layer import mismatch
 from lambdanets.record import RUN_JSON, read_record, recipe_of, view_of
-from lambdanets.state import DTYPES
-from lambdanets.steps import STATE, TENSORS, BadRun, _finite, _safetensors, is_checkpoint, read_checkpoint
+from lambdanets.state import DTYPES, _finite, _safetensors
+from lambdanets.steps import STATE, TENSORS, is_checkpoint, read_checkpoint
+from lambdanets.transforms import View
 
 WEIGHTS = "weights.safetensors"
 CURVES = "curves.png"

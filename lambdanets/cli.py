@@ -24,7 +24,7 @@ from lambdanets.errors import printable, printable_text
 from lambdanets.recipes import BatchNorm, Options, Precision, RecipeName
 
 if TYPE_CHECKING:
-    from lambdanets.train import Result
+    from lambdanets.results import Result
 
 _CHANGES = (
     "epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision",
@@ -115,11 +115,10 @@ def _run(parsed: Namespace) -> int:
         return _shards(command, given)
 
     from lambdanets.checkpoint import BadRun
-    from lambdanets.data import BadData, BadImage, DiskFault
+    from lambdanets.decode import BadData, BadImage, DiskFault
     from lambdanets.distributed import LostProcess, lost_reader
+    from lambdanets.errors import NonFiniteLoss, NonFiniteState
     from lambdanets.recipes import BadRecipe
-    from lambdanets.steps import NonFiniteState
-    from lambdanets.train import NonFiniteLoss
     from lambdanets.watchdog import LOST, Terminated
 
     try:
@@ -255,7 +254,7 @@ def _report(given: Namespace) -> int:
 
 
 def _shards(command: str, given: Namespace) -> int:
-    from lambdanets.data import BadData
+    from lambdanets.decode import BadData
     from lambdanets.pack import SHARD_BYTES, index, pack
 
     try:

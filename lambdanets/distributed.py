@@ -27,9 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lambdanets.errors import some
+from lambdanets.errors import BadRun, some
 from lambdanets.state import flatten, unflatten
-from lambdanets.steps import BadRun
 from lambdanets.untouched import BATCH_NORM
 
 _WORDS = "why a rank left"

@@ -1,4 +1,4 @@
-"""What a person is shown: names of unknown origin made fit for it, lists of names cut short."""
+"""The errors of runs; and what a person is shown: names of unknown origin made fit for it, lists cut short."""
 
 from __future__ import annotations
 
@@ -50,3 +50,19 @@ def some(names: Iterable[object], shown: int = SHOWN, *, between: str = ", ") ->
     if more <= 0:
         return text
     return f"{text}{' ' if between == ', ' else between}and {more:,} more"
+
+
+class BadRun(ValueError):
+    """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
+
+
+class _NotForThis(BadRun):
+    """A checkpoint that is whole, and not this run's or this version's to use: it is neither used nor passed over."""
+
+
+class NonFiniteState(ArithmeticError):
+    """A checkpoint was refused, since it holds a NaN or an infinity; the message names the tensors."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss or gradient that is not a number; the message names the step, the images and the weights that remain."""

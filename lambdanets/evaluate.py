@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lambdanets.batches import Batches, View
-from lambdanets.data import BadImage, DiskFault, open_image
+from lambdanets.batches import Batches
+from lambdanets.decode import BadImage, DiskFault, open_image
 from lambdanets.distributed import Ranks
 from lambdanets.errors import printable
+from lambdanets.transforms import View
 
 
 class EvaluationStopped(Exception):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -266,3 +267,20 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _write_file(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write and synchronise; gives the manifest's entry, of what was meant to be written."""
+    digest, size_bytes = hashlib.sha256(), 0
+    file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for piece in content:
+            digest.update(piece)
+            size_bytes += len(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(file, left) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return {"bytes": size_bytes, "sha256": digest.hexdigest()}

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import lambdanets
 from lambdanets import optim
-from lambdanets.batches import mix
 from lambdanets.checkpoint import RUN_JSON, BadRun, Weights, weights_file
-from lambdanets.data import hash_of
 from lambdanets.distributed import Ranks, sync_batch_norm
+from lambdanets.order import hash_of
 from lambdanets.recipes import Recipe
+from lambdanets.transforms import mix
 
 _COMPUTED_IN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -333,3 +333,21 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, str]:
 def _classifier_name(model: nn.Module) -> str:
     classifier = model.get_classifier()  # type: ignore[operator]
     return next(name for name, module in model.named_modules() if module is classifier)
+
+
+@dataclass
+class _Position:
+    """Where a run is: with the learner's state, all that it needs to go on. Sums are of this epoch, over all ranks."""
+
+    step: int = 0  # batches taken, the left-out ones too
+    epoch: int = 0
+    batch: int = 0
+    seen: int = 0
+    right: int = 0
+    loss_sum: float = 0.0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    total_s: float = 0.0
+    left_out: int = 0
+    left_out_in_a_row: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import lambdanets
-from lambdanets.batches import View
-from lambdanets.data import MAX_IMAGE_PX
+from lambdanets.decode import MAX_IMAGE_PX
+from lambdanets.errors import BadRun
 from lambdanets.evaluate import Confusion
 from lambdanets.files import field, read_json
 from lambdanets.recipes import Recipe
-from lambdanets.steps import BadRun
+from lambdanets.transforms import View
 
 RUN_JSON = "run.json"
 _ROW = ("lr", "train_loss", "train_top1_frac", "val_loss", "val_top1_frac", "train_s", "images_per_s")

@@ -17,8 +17,19 @@ from torch.utils.data import DataLoader
 from lambdanets import data as images_on_disk
 from lambdanets.archive import check_source
 from lambdanets.batches import Batches
-from lambdanets.checkpoint import BAD_SAMPLES, BadRun, Run, choose_folder, need, next_numbered, open_run
-from lambdanets.data import BadData, BadImage, Images
+from lambdanets.checkpoint import (
+    BAD_SAMPLES,
+    CURVES,
+    WEIGHTS,
+    BadRun,
+    Run,
+    choose_folder,
+    need,
+    next_numbered,
+    open_run,
+)
+from lambdanets.data import Images
+from lambdanets.decode import BadData, BadImage
 from lambdanets.distributed import Ranks
 from lambdanets.errors import printable, some
 from lambdanets.evaluate import Confusion, Scores, evaluate
@@ -461,3 +472,25 @@ def _worst(scores: Scores, images: Images) -> list[Mistake]:
         label, predicted = images.classes[int(images.labels[index])], images.classes[scores.predicted[k]]
         found.append(Mistake(images.names[index], label, predicted, scores.losses[k], picture))
     return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: its folder, the last epoch's scores on the held-out images, one dict an epoch, seconds."""
+
+    folder: Path
+    scores: Scores
+    history: list[dict[str, Any]]
+    seconds: float
+
+    def __str__(self) -> str:
+        files = f"{WEIGHTS}, {RUN_JSON}, {CURVES}, {REPORT}"
+        return f"{self.scores} after {self.seconds:.0f} s\n{printable(self.folder)}: {files}"
+
+
+def _result_of(folder: Path, record: dict[str, Any]) -> Result:
+    found = record["result"]
+    top5 = found["top5_frac"]
+    confusion = Confusion.read(found["confusion"], len(record["classes"]))
+    scores = Scores(found["n"], found["top1_frac"], top5, found["loss"], confusion, ids=[], predicted=[])
+    return Result(folder, scores, record["history"], found["seconds"])

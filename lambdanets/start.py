@@ -17,7 +17,7 @@ import torch
 
 from lambdanets import data as images_on_disk
 from lambdanets.archive import check_source
-from lambdanets.batches import Batches, View
+from lambdanets.batches import Batches
 from lambdanets.checkpoint import BAD_SAMPLES, BadRun, check_weights, choose_folder, need, versions
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
@@ -27,6 +27,7 @@ from lambdanets.learner import create, train_mode
 from lambdanets.recipes import BadRecipe, Options, Recipe
 from lambdanets.record import RUN_JSON, read_record, recipe_of
 from lambdanets.steps import LEFT_AT_THE_START
+from lambdanets.transforms import View
 from lambdanets.watchdog import Watchdog
 
 _DIGITS = "scikit-learn digits"

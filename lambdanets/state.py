@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,3 +84,29 @@ def unflatten(tensors: Mapping[str, Tensor], tree: Any) -> Any:
     if "$items" in tree:
         return {key: unflatten(tensors, value) for key, value in tree["$items"]}
     return {key: unflatten(tensors, value) for key, value in tree.items()}
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: each is hashed and written from where it lies.
+
+    Not safetensors' own `save`, which holds the interpreter for another copy of all, nor its `save_file`, whose errors
+    are not the system's. Widest elements first, as the library has it, so that each tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header, end = {}, 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    wide = value if value.element_size() > 1 else value.float()  # eight-bit floats have no isfinite
+    return bool(wide.isfinite().all())

@@ -20,18 +20,18 @@ import platform
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from lambdanets.files import field, json_object, lock, open_to_append, read_file, sync_folder, to_stderr
-from lambdanets.state import DTYPES, flatten, unflatten
+from lambdanets.errors import BadRun, NonFiniteState, _NotForThis
+from lambdanets.files import _write_file, field, json_object, lock, open_to_append, read_file, sync_folder, to_stderr
+from lambdanets.state import _finite, _safetensors, flatten, unflatten
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -42,18 +42,6 @@ _TRIES = 3  # saves that may fail in a row
 _LEFT_BY_A_KILL = r"\.step-(\w+)\.(part|old|gone)"
 LEFT_AT_THE_START = rf"\.lock|{_LEFT_BY_A_KILL}|\.run\.json\.\w+\.part"
 """What a run that was killed in its very first writes may leave in its folder, and nothing else."""
-
-
-class BadRun(ValueError):
-    """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
-
-
-class _NotForThis(BadRun):
-    """A checkpoint that is whole, and not this run's or this version's to use: it is neither used nor passed over."""
-
-
-class NonFiniteState(ArithmeticError):
-    """A checkpoint was refused, since it holds a NaN or an infinity; the message names the tensors."""
 
 
 @dataclass(frozen=True)
@@ -462,49 +450,6 @@ def _opened(path: Path) -> io.BufferedReader:
         file.close()
         raise BadRun(f"{path.name} is no file")
     return file
-
-
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, tensor by tensor: each is hashed and written from where it lies.
-
-    Not safetensors' own `save`, which holds the interpreter for another copy of all, nor its `save_file`, whose errors
-    are not the system's. Widest elements first, as the library has it, so that each tensor is aligned.
-    """
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    header, end = {}, 0
-    for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _finite(value: Tensor) -> bool:
-    if not (value.is_floating_point() or value.is_complex()):
-        return True
-    wide = value if value.element_size() > 1 else value.float()  # eight-bit floats have no isfinite
-    return bool(wide.isfinite().all())
-
-
-def _write_file(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and synchronise; gives the manifest's entry, of what was meant to be written."""
-    digest, size_bytes = hashlib.sha256(), 0
-    file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        for piece in content:
-            digest.update(piece)
-            size_bytes += len(piece)
-            left = memoryview(piece)
-            while left:
-                left = left[os.write(file, left) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return {"bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
 def _remove(folder: Path) -> None:

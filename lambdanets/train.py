@@ -20,7 +20,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,53 +29,17 @@ from lambdanets import optim
 from lambdanets.batches import Batch
 from lambdanets.checkpoint import CURVES, RUN_JSON, WEIGHTS, save_weights, versions
 from lambdanets.distributed import Ranks, lost_reader
-from lambdanets.errors import printable
-from lambdanets.evaluate import Confusion, EvaluationStopped, Scores, evaluate
+from lambdanets.errors import BadRun, NonFiniteLoss, printable
+from lambdanets.evaluate import EvaluationStopped, Scores, evaluate
 from lambdanets.files import to_stderr, write_atomically, write_json
-from lambdanets.learner import Gradients, Learner, train_mode
+from lambdanets.learner import Gradients, Learner, _Position, train_mode
 from lambdanets.log import Log
 from lambdanets.recipes import Options, Recipe
 from lambdanets.report import Progress, curves_png
-from lambdanets.results import REPORT, write_report
+from lambdanets.results import Result, _result_of, write_report
 from lambdanets.start import Start, look
-from lambdanets.steps import BadRun, Checkpoints
+from lambdanets.steps import Checkpoints
 from lambdanets.watchdog import Interrupted, Terminated, Watchdog
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient that is not a number; the message names the step, the images and the weights that remain."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to: its folder, the last epoch's scores on the held-out images, one dict an epoch, seconds."""
-
-    folder: Path
-    scores: Scores
-    history: list[dict[str, Any]]
-    seconds: float
-
-    def __str__(self) -> str:
-        files = f"{WEIGHTS}, {RUN_JSON}, {CURVES}, {REPORT}"
-        return f"{self.scores} after {self.seconds:.0f} s\n{printable(self.folder)}: {files}"
-
-
-@dataclass
-class _Position:
-    """Where a run is: with the learner's state, all that it needs to go on. Sums are of this epoch, over all ranks."""
-
-    step: int = 0  # batches taken, the left-out ones too
-    epoch: int = 0
-    batch: int = 0
-    seen: int = 0
-    right: int = 0
-    loss_sum: float = 0.0
-    train_s: float = 0.0
-    wait_s: float = 0.0
-    total_s: float = 0.0
-    left_out: int = 0
-    left_out_in_a_row: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -532,11 +495,3 @@ class _Run:
         if any(self.ranks.sum(stopped)):
             self._stop()
         return Result(self.folder, scores, history, seconds)
-
-
-def _result_of(folder: Path, record: dict[str, Any]) -> Result:
-    found = record["result"]
-    top5 = found["top5_frac"]
-    confusion = Confusion.read(found["confusion"], len(record["classes"]))
-    scores = Scores(found["n"], found["top1_frac"], top5, found["loss"], confusion, ids=[], predicted=[])
-    return Result(folder, scores, record["history"], found["seconds"])

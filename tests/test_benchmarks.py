@@ -20,11 +20,12 @@ from torch import nn
 import lambdanets
 from benchmarks import figure, model, op, peers, public, rates, timm_train
 from lambdanets import optim
-from lambdanets.batches import Batches, View
+from lambdanets.batches import Batches
 from lambdanets.data import folder
 from lambdanets.distributed import Ranks
 from lambdanets.learner import Learner
 from lambdanets.ops import Problem, relative_embeddings, strategies
+from lambdanets.transforms import View
 
 SMALL = {"lambda_resnet_tiny": 32, "test_efficientnet": 64}
 

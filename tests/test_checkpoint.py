@@ -23,8 +23,9 @@ from torch import nn
 import lambdanets
 import lambdanets.steps
 from lambdanets.checkpoint import BadRun, read_weights
+from lambdanets.errors import NonFiniteState
 from lambdanets.state import DTYPES, flatten, unflatten
-from lambdanets.steps import Checkpoints, NonFiniteState, newest_checkpoint, read_checkpoint
+from lambdanets.steps import Checkpoints, newest_checkpoint, read_checkpoint
 
 
 def state_of(step):

@@ -23,7 +23,7 @@ import lambdanets.files
 import lambdanets.train
 from lambdanets.checkpoint import open_run
 from lambdanets.cli import main
-from lambdanets.data import BadData
+from lambdanets.decode import BadData
 from lambdanets.evaluate import predict
 from lambdanets.recipes import Options, choose
 from lambdanets.recipes.imagenet import pareto

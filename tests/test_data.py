@@ -33,8 +33,10 @@ from torchvision.transforms import v2
 
 from lambdanets import batches as batching
 from lambdanets import data, files
-from lambdanets.batches import Batches, View
-from lambdanets.data import BadData, BadImage, DiskFault, Images, open_image
+from lambdanets.batches import Batches
+from lambdanets.data import Images
+from lambdanets.decode import BadData, BadImage, DiskFault, open_image
+from lambdanets.transforms import View
 
 GREY = View(image_px=4, in_channels=1, mean=(0.0,), std=(1.0,), crop_frac=1.0)
 COLOUR = View(image_px=8, in_channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))

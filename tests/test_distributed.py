@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 import lambdanets.distributed
 import lambdanets.files
 import lambdanets.steps
-from lambdanets.batches import Batches, View
+from lambdanets.batches import Batches
 from lambdanets.checkpoint import read_weights
 from lambdanets.cli import main
 from lambdanets.distributed import Ranks, sync_batch_norm
@@ -36,6 +36,7 @@ from lambdanets.recipes import BadRecipe, Options, choose
 from lambdanets.state import flatten
 from lambdanets.steps import newest_checkpoint
 from lambdanets.train import train
+from lambdanets.transforms import View
 from lambdanets.watchdog import HANG, LOST
 
 

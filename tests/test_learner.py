@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import lambdanets.learner
 from lambdanets.checkpoint import BadRun, save_weights
 from lambdanets.distributed import Ranks
+from lambdanets.errors import NonFiniteLoss
 from lambdanets.learner import Learner, load_weights, train_mode
 from lambdanets.log import Log
 from lambdanets.optim import optimizer, parameter_groups
 from lambdanets.recipes import Options, choose
 from lambdanets.recipes.imagenet import finetune
-from lambdanets.train import NonFiniteLoss, train
+from lambdanets.train import train
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))

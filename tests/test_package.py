@@ -31,7 +31,11 @@ ROOMS = [
     {"recipes.__init__", "recipes.digits", "recipes.folder", "recipes.imagenet"},
     {"optim", "state"},
     {"steps"},
-    {"data", "archive", "shards"},  # data.folder opens a folder of shards
+    {"order"},
+    {"decode"},
+    {"listing"},
+    {"data", "archive", "manifest", "shards"},  # data.folder opens a folder of shards
+    {"journal", "transforms"},
     {"pack", "batches", "distributed", "watchdog"},
     {"evaluate"},
     {"record", "report"},
@@ -44,7 +48,23 @@ ROOMS = [
     {"__main__"},
 ]
 # These know nothing of the operation or the models.
-FREE_OF_MODELS = {"data", "archive", "shards", "pack", "batches", "optim", "evaluate", "report", "page"}
+FREE_OF_MODELS = {
+    "decode",
+    "listing",
+    "order",
+    "data",
+    "archive",
+    "manifest",
+    "shards",
+    "journal",
+    "pack",
+    "transforms",
+    "batches",
+    "optim",
+    "evaluate",
+    "report",
+    "page",
+}
 FREE_OF_MODELS |= {"recipes.__init__"}
 
 

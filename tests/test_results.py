@@ -25,16 +25,17 @@ from torch.nn import functional as F
 
 import lambdanets
 import lambdanets.data
-from lambdanets.batches import Batches, View
+from lambdanets.batches import Batches
 from lambdanets.checkpoint import BadRun, Run, open_run, save_weights
 from lambdanets.cli import main
-from lambdanets.data import BadData, BadImage
+from lambdanets.decode import BadData, BadImage
 from lambdanets.evaluate import Confusion, evaluate
 from lambdanets.files import write_json
 from lambdanets.pack import pack
 from lambdanets.recipes import choose
 from lambdanets.report import confusion_png, curves_svg
 from lambdanets.results import Evaluation, _losses, _worst, _write, evaluate_run, own_images, per_class, write_report
+from lambdanets.transforms import View
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "<b>$5 & co")

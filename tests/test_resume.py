@@ -30,12 +30,13 @@ import lambdanets.steps
 import lambdanets.train
 from lambdanets.checkpoint import BadRun, open_run
 from lambdanets.cli import main
-from lambdanets.data import BadData, DiskFault
+from lambdanets.decode import BadData, DiskFault
 from lambdanets.distributed import LostProcess
+from lambdanets.errors import NonFiniteLoss
 from lambdanets.recipes import BadRecipe, Options, choose
 from lambdanets.state import flatten
 from lambdanets.steps import Checkpoints, newest_checkpoint
-from lambdanets.train import NonFiniteLoss, _Run, train
+from lambdanets.train import _Run, train
 from lambdanets.watchdog import HANG, LOST, Terminated
 
 

@@ -34,9 +34,10 @@ from PIL import Image
 
 from lambdanets import archive, cli, data, files, shards
 from lambdanets import pack as packing
-from lambdanets.batches import Batches, View
-from lambdanets.data import BadData, open_image
+from lambdanets.batches import Batches
+from lambdanets.decode import BadData, open_image
 from lambdanets.pack import index, pack
+from lambdanets.transforms import View
 
 VIEW = View(image_px=8, in_channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
 

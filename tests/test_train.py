@@ -23,18 +23,21 @@ import lambdanets.learner
 import lambdanets.start
 import lambdanets.train
 from lambdanets import optim
-from lambdanets.batches import Batches, View
+from lambdanets.batches import Batches
 from lambdanets.checkpoint import BadRun, choose_folder, open_run, save_weights
 from lambdanets.cli import main
-from lambdanets.data import BadData, BadImage, Images
+from lambdanets.data import Images
+from lambdanets.decode import BadData, BadImage
 from lambdanets.demo import demo
+from lambdanets.errors import NonFiniteLoss
 from lambdanets.evaluate import evaluate, predict
 from lambdanets.files import write_atomically
 from lambdanets.recipes import BadRecipe, choose
 from lambdanets.recipes.digits import digits
 from lambdanets.recipes.imagenet import layer_comparison, pareto
 from lambdanets.report import curves_png
-from lambdanets.train import NonFiniteLoss, train
+from lambdanets.train import train
+from lambdanets.transforms import View
 
 CPU = torch.device("cpu")
 
