@@ -37,7 +37,7 @@ from lambdanets.errors import BadRun, printable, some
 from lambdanets.files import field, json_object, open_file, placed, read_json
 from lambdanets.layer import mismatch
 from lambdanets.record import RUN_JSON, read_record, recipe_of, view_of
-from lambdanets.state import DTYPES, _finite, _safetensors
+from lambdanets.state import DTYPES, is_finite, safetensors_bytes
 from lambdanets.steps import STATE, TENSORS, is_checkpoint, read_checkpoint
 from lambdanets.transforms import View
 
@@ -121,7 +121,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     metadata holds the sha256 of the rest of it, so that it needs no other file to tell whether it is as it was written.
     """
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    head, *pieces = _safetensors(tensors)
+    head, *pieces = safetensors_bytes(tensors)
     header = json.loads(bytes(head[8:]))
     digest = _digest_of_header(header)
     for piece in pieces:
@@ -244,7 +244,7 @@ class Weights:
         except (OSError, ValueError) as error:
             raise BadRun(f"{self.file} cannot be read: {error}") from error
         tensors = {name: found[held] for name, held in wanted.items()}
-        if wrong := [name for name, value in tensors.items() if not _finite(value)]:
+        if wrong := [name for name, value in tensors.items() if not is_finite(value)]:
             raise BadRun(f"{self.file}: {len(wrong)} tensors are not finite: {some(wrong)}; take older weights")
         return tensors
 

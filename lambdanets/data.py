@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lambdanets.decode import BadData, DiskFault, open_image
-from lambdanets.listing import _LAYOUTS, _folders, _Listing, _parts, _passed_over
+from lambdanets.listing import LAYOUTS, Listing, _folders, _parts, passed_over
 from lambdanets.order import hash_of
 
 from .errors import SHOWN, some
@@ -180,31 +180,31 @@ def folder(path: str | Path, *, val_frac: float = 0.1, seed: int = 0, allow_sour
         if shards.is_shards(path):
             return shards.open_shards(path, allow_sources=allow_sources)
         if not root.is_dir():
-            raise BadData(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: {_LAYOUTS}")
+            raise BadData(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: {LAYOUTS}")
     except OSError as error:
         raise DiskFault(str(root), f"cannot be read: {error.strerror}") from error
     if (archives := sorted(root.glob("*.tar"))) and not _folders(root):
         raise BadData(f"{root} holds {len(archives):,} archives and no {shards.MANIFEST}: lambdanets index {root}")
-    listing = _Listing(root)
+    listing = Listing(root)
     parts = _parts(root)
     if not parts.train and (held := parts.without_train):
         remedy = "if it is a class, put the folders of all classes into a folder train/"
-        raise BadData(f"{root} has {some(held)} but no train/ with class folders in it: {_LAYOUTS}; {remedy}")
+        raise BadData(f"{root} has {some(held)} but no train/ with class folders in it: {LAYOUTS}; {remedy}")
     train, here = listing.classes(parts.train), root / parts.train
     ignored = listing.ignored
     if not any(train.values()):
-        raise BadData(f"no images in the class folders of {here}: {_LAYOUTS}{_passed_over(ignored)}")
+        raise BadData(f"no images in the class folders of {here}: {LAYOUTS}{passed_over(ignored)}")
     if empty := [name for name, files in train.items() if not files]:
-        raise BadData(f"no images in these classes of {here}: {some(empty)}; add or remove{_passed_over(ignored)}")
+        raise BadData(f"no images in these classes of {here}: {some(empty)}; add or remove{passed_over(ignored)}")
     if len(train) < 2:
-        raise BadData(f"only one class in {here}: {some(train)}; a classifier needs two: {_LAYOUTS}")
+        raise BadData(f"only one class in {here}: {some(train)}; a classifier needs two: {LAYOUTS}")
     if parts.train and parts.val:
         val, there = listing.classes(parts.val), root / parts.val
         if unknown := [name for name in val if name not in train]:
             known = f"the {len(train):,} classes of {here} are {some(train)}"
             raise BadData(f"classes in {there} that training lacks: {some(unknown)}; {known}; rename or remove them")
         if not any(val.values()):
-            raise BadData(f"no images in {there}: fill it, or remove it to split {here}{_passed_over(ignored)}")
+            raise BadData(f"no images in {there}: fill it, or remove it to split {here}{passed_over(ignored)}")
         listing.one_label_a_file(train, val)
         how = f"{parts.train}/ and {parts.val}/ as given"
     else:
@@ -231,19 +231,19 @@ def val_or_all(path: str | Path) -> tuple[Images, str]:
     what can be read in two ways, as `folder` does.
     """
     root = Path(path)
-    parts, listing = _parts(root), _Listing(root)
+    parts, listing = _parts(root), Listing(root)
     place = parts.val if parts.val and _folders(root / parts.val) else ""
     if parts.train and not place:
         there = root / parts.train
         raise BadData(f"{root} has {parts.train}/ and no held-out folder beside it: to take all of that, give {there}")
     held = {name: files for name, files in listing.classes(place).items() if files}
     if not held:
-        passed = _passed_over(listing.ignored)
+        passed = passed_over(listing.ignored)
         raise BadData(f"no images in the class folders of {root / place}: expected CLASS/*.jpg there{passed}")
     listing.one_label_a_file(held)
     images = _files(root, tuple(held), held)
     beside = listing.beside(parts) if place else ""
-    return images, f"all {len(images):,} images of {root / place}{beside}{_passed_over(listing.ignored)}"
+    return images, f"all {len(images):,} images of {root / place}{beside}{passed_over(listing.ignored)}"
 
 
 def _files(root: Path, classes: tuple[str, ...], files: dict[str, list[str]]) -> Images:

@@ -56,7 +56,7 @@ class BadRun(ValueError):
     """A run that cannot start or cannot be read: the folder, the device, the model or its weights."""
 
 
-class _NotForThis(BadRun):
+class NotForThis(BadRun):
     """A checkpoint that is whole, and not this run's or this version's to use: it is neither used nor passed over."""
 
 

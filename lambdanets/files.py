@@ -62,20 +62,32 @@ def placed(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     with _opened_folder(path.parent) as folder:
         _tidy(folder, path.name)
-        beside = f".{path.name}.{secrets.token_hex(4)}.part"
+        beside, opened = _held(folder, path.name)
         try:
-            with os.fdopen(os.open(beside, _NEW, 0o666, dir_fd=folder), "wb") as file:
-                with contextlib.suppress(OSError):  # tells `_tidy` that its writer lives
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with os.fdopen(opened, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                # Still held: what nobody holds is debris to another writer.
+                os.replace(beside, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(beside, dir_fd=folder)
             raise
         _sync_folder(folder, path.parent)
+
+
+def _held(folder: int, name: str) -> tuple[str, int]:
+    """A new file beside that name, opened and held, which tells `_tidy` that its writer lives."""
+    while True:
+        beside = f".{name}.{secrets.token_hex(4)}.part"
+        opened = os.open(beside, _NEW, 0o666, dir_fd=folder)
+        with contextlib.suppress(OSError):  # without locks nothing is tidied either
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(beside, dir_fd=folder, follow_symlinks=False)
+            return beside, opened
+        os.close(opened)  # another writer took it for debris before it was held
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -269,7 +281,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _write_file(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
+def written(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write and synchronise; gives the manifest's entry, of what was meant to be written."""
     digest, size_bytes = hashlib.sha256(), 0
     file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -29,7 +29,7 @@ _ROW = np.dtype(list(COLUMNS.items()))
 
 
 @contextlib.contextmanager
-def _job(out: Path, plan: dict[str, Any], *, shared: bool) -> Iterator[_Job | None]:
+def _job(out: Path, plan: dict[str, Any], *, shared: bool) -> Iterator[Job | None]:
     """The job in that folder, begun or continued; None where it is done. shared: other files may lie there."""
     plan = json.loads(json.dumps(plan))
     if os.path.isfile(out / MANIFEST):
@@ -48,7 +48,7 @@ def _job(out: Path, plan: dict[str, Any], *, shared: bool) -> Iterator[_Job | No
                 lock(file, out)
             except BlockingIOError:
                 raise BadData(f"{out} is being written by another process") from None
-            yield _Job(out, file, plan, anew=shared)
+            yield Job(out, file, plan, anew=shared)
     except OSError as error:
         remedy = "free space or choose another place, and give the same command: finished shards are kept"
         raise BadData(f"{out} cannot be written: {error}; {remedy}") from error
@@ -60,7 +60,7 @@ def _tidy(out: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-class _Job:
+class Job:
     """Finished shards: a line each in the journal, rows of the index in a file each until `finish` joins them."""
 
     def __init__(self, out: Path, file: IO[bytes], plan: dict[str, Any], *, anew: bool) -> None:

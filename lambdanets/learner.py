@@ -336,7 +336,7 @@ def _classifier_name(model: nn.Module) -> str:
 
 
 @dataclass
-class _Position:
+class Position:
     """Where a run is: with the learner's state, all that it needs to go on. Sums are of this epoch, over all ranks."""
 
     step: int = 0  # batches taken, the left-out ones too

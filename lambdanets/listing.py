@@ -36,7 +36,7 @@ _MASKS = re.compile(
 )
 
 
-_LAYOUTS = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg"
+LAYOUTS = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg"
 
 
 def _entries(place: str | Path) -> tuple[os.stat_result, list[os.DirEntry[str]]]:
@@ -63,7 +63,7 @@ def _folders(place: Path) -> list[str]:
     return [entry.name for entry in _entries(place)[1] if _is_folder(entry) and not _hidden(entry.name)]
 
 
-class _Listing:
+class Listing:
     """The pictures below a folder, as they are found; `ignored` tells reason -> what was passed over."""
 
     def __init__(self, root: Path) -> None:
@@ -154,7 +154,7 @@ class _Listing:
             if name in leads_to:
                 self._devices[at], self._numbers[at] = leads_to[name].st_dev, leads_to[name].st_ino
 
-    def beside(self, parts: _Parts) -> str:
+    def beside(self, parts: Parts) -> str:
         """Note the files beside the parts of a data set among the ignored; a half-sentence on the folders there."""
         unused: list[str] = []
         if not parts.train and not parts.val:
@@ -250,7 +250,7 @@ def _refuse_two_readings(root: Path, classes: dict[str, list[str]], inner: dict[
     for of, names in within.items():
         parts = [found for name in names if (found := _named(name)) is not None and found.sure]
         if {part.training for part in parts} == {True, False}:
-            raise BadData(f"{root / of} holds {some(names)}: the parts come first, then the classes: {_LAYOUTS}")
+            raise BadData(f"{root / of} holds {some(names)}: the parts come first, then the classes: {LAYOUTS}")
     sets = {frozenset(names) for names in within.values()}
     most_inside = 2 * sum(sum(names.values()) for names in within.values()) > sum(map(len, classes.values()))
     if len(within) > 1 and len(sets) == 1 and len(same := sorted(next(iter(sets)), key=natural)) > 1 and most_inside:
@@ -266,7 +266,7 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_NAMES
 
 
-def _passed_over(ignored: dict[str, list[str]]) -> str:
+def passed_over(ignored: dict[str, list[str]]) -> str:
     return "".join(f"; {len(names):,} ignored ({why}): {some(names)}" for why, names in ignored.items())
 
 
@@ -316,7 +316,7 @@ def _named(name: str) -> _Named | None:
     return _Named(training, (_TRAIN if training else _HELD_OUT).index(part), rest, sure)
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """The folders that are parts of a data set; "" where there is none.
 
     without_train  where there is no training folder: folders whose names are those of other parts
@@ -327,7 +327,7 @@ class _Parts(NamedTuple):
     without_train: list[str]
 
 
-def _parts(root: Path) -> _Parts:
+def _parts(root: Path) -> Parts:
     """Which folders of a data set are its parts, by their names and by the class folders in them.
 
     Raises BadData where two could be the same part, or where it is open whether one is a part or a class.
@@ -366,7 +366,7 @@ def _parts(root: Path) -> _Parts:
             for name, found in named.items()
             if not found.training and (found.rest in both or all_named or (found.sure and name in deep))
         ]
-    return _Parts(train, val, without_train)
+    return Parts(train, val, without_train)
 
 
 def _only(root: Path, named: dict[str, _Named], found: list[str], part: str) -> str:

@@ -26,7 +26,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from lambdanets.journal import BAD_SAMPLES, _Job, _job
+from lambdanets.journal import BAD_SAMPLES, Job, _job
 
 from .archive import MAX_MEMBER_BYTES, filesystem, join, on_this_machine, samples, whole
 from .data import Images, folder
@@ -109,7 +109,7 @@ def pack(
 
 
 def _pack_split(
-    job: _Job, split: str, images: Images, items: Iterator[_Item], shard_bytes: int, max_bad_frac: float
+    job: Job, split: str, images: Images, items: Iterator[_Item], shard_bytes: int, max_bad_frac: float
 ) -> None:
     number = len(job.shards(split))
     known = job.bad(split)
@@ -308,7 +308,7 @@ def index(
     return _result(home, manifest(home))
 
 
-def _index_split(job: _Job, split: str, base: str, names: list[str], classes: tuple[str, ...] | None) -> int:
+def _index_split(job: Job, split: str, base: str, names: list[str], classes: tuple[str, ...] | None) -> int:
     """Indexes what is not yet in the journal; gives the largest label."""
     for name in names[len(job.shards(split)) :]:
         digest, rows = Digest(), []

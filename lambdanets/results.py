@@ -488,7 +488,7 @@ class Result:
         return f"{self.scores} after {self.seconds:.0f} s\n{printable(self.folder)}: {files}"
 
 
-def _result_of(folder: Path, record: dict[str, Any]) -> Result:
+def result_of(folder: Path, record: dict[str, Any]) -> Result:
     found = record["result"]
     top5 = found["top5_frac"]
     confusion = Confusion.read(found["confusion"], len(record["classes"]))

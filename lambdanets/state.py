@@ -86,7 +86,7 @@ def unflatten(tensors: Mapping[str, Tensor], tree: Any) -> Any:
     return {key: unflatten(tensors, value) for key, value in tree.items()}
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of a safetensors file, tensor by tensor: each is hashed and written from where it lies.
 
     Not safetensors' own `save`, which holds the interpreter for another copy of all, nor its `save_file`, whose errors
@@ -105,7 +105,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
         yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
     if not (value.is_floating_point() or value.is_complex()):
         return True
     wide = value if value.element_size() > 1 else value.float()  # eight-bit floats have no isfinite

@@ -29,9 +29,9 @@ from typing import IO, Any
 import safetensors.torch
 from torch import Tensor
 
-from lambdanets.errors import BadRun, NonFiniteState, _NotForThis
-from lambdanets.files import _write_file, field, json_object, lock, open_to_append, read_file, sync_folder, to_stderr
-from lambdanets.state import _finite, _safetensors, flatten, unflatten
+from lambdanets.errors import BadRun, NonFiniteState, NotForThis
+from lambdanets.files import field, json_object, lock, open_to_append, read_file, sync_folder, to_stderr, written
+from lambdanets.state import flatten, is_finite, safetensors_bytes, unflatten
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -77,7 +77,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     step = int(Path(os.path.abspath(path)).name.removeprefix("step-"))
     try:
         return _verify(Path(path), step)
-    except _NotForThis:
+    except NotForThis:
         raise
     except (OSError, BadRun) as error:
         raise BadRun(f"{path} is damaged ({error}): name another step") from error
@@ -101,7 +101,7 @@ def _newest(folder: Path, say: Callable[[str], None], passed_over: Callable[[Pat
         path = folder / f"step-{step}"
         try:
             found = _verify(path, step)
-        except _NotForThis:
+        except NotForThis:
             raise
         except (OSError, BadRun) as error:
             reasons.append((step, str(error)))
@@ -281,7 +281,7 @@ class Checkpoints:
         place = self.folder / f"step-{step}"
         needed_bytes = sum(t.nbytes for t in tensors.values())
         try:
-            if wrong := [name for name, t in tensors.items() if not _finite(t)]:
+            if wrong := [name for name, t in tensors.items() if not is_finite(t)]:
                 raise NonFiniteState(
                     f"the checkpoint of step {step} was not written: {len(wrong)} tensors are not finite: "
                     f"{', '.join(wrong[:10])}"
@@ -289,14 +289,14 @@ class Checkpoints:
             _remove(part)  # of a try that failed
             os.mkdir(part)
             files = {
-                TENSORS: _write_file(part, TENSORS, _safetensors(tensors)),
-                STATE: _write_file(part, STATE, [json.dumps(tree, indent=1, allow_nan=False).encode()]),
+                TENSORS: written(part, TENSORS, safetensors_bytes(tensors)),
+                STATE: written(part, STATE, [json.dumps(tree, indent=1, allow_nan=False).encode()]),
             }
             with contextlib.suppress(OSError, BadRun):  # the same step again: its marks only grow
                 before = _manifest(place)
                 flags = {name: mark or bool(before.get(name)) for name, mark in flags.items()}
             head = {"format": _FORMAT, "step": step, "run": self.run, **flags}
-            _write_file(part, MANIFEST, [_manifest_bytes({**head, "files": files})])
+            written(part, MANIFEST, [_manifest_bytes({**head, "files": files})])
             sync_folder(part)
             _put_in_place(part, place)
             sync_folder(self.folder)
@@ -404,7 +404,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BadRun(f"{MANIFEST} is not as it was written: its sha256 differs")
     version = manifest.get("format")
     if isinstance(version, int) and version > _FORMAT:
-        raise _NotForThis(
+        raise NotForThis(
             f"{path} was written by a newer lambdanets: its format is {version}, this one reads {_FORMAT}; "
             "pip install --upgrade lambdanets"
         )

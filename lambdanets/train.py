@@ -32,11 +32,11 @@ from lambdanets.distributed import Ranks, lost_reader
 from lambdanets.errors import BadRun, NonFiniteLoss, printable
 from lambdanets.evaluate import EvaluationStopped, Scores, evaluate
 from lambdanets.files import to_stderr, write_atomically, write_json
-from lambdanets.learner import Gradients, Learner, _Position, train_mode
+from lambdanets.learner import Gradients, Learner, Position, train_mode
 from lambdanets.log import Log
 from lambdanets.recipes import Options, Recipe
 from lambdanets.report import Progress, curves_png
-from lambdanets.results import Result, _result_of, write_report
+from lambdanets.results import Result, result_of, write_report
 from lambdanets.start import Start, look
 from lambdanets.steps import Checkpoints
 from lambdanets.watchdog import Interrupted, Terminated, Watchdog
@@ -95,7 +95,7 @@ def train(
                 if start.old is not None and start.old["status"] == "finished":
                     if ranks.first:
                         print(f"{printable(start.folder)} is finished: there is nothing to go on with")
-                    return _result_of(start.folder, start.old)
+                    return result_of(start.folder, start.old)
                 cuda = [start.device] if start.device.type == "cuda" else []
                 opened.enter_context(torch.random.fork_rng(devices=cuda))  # the caller's randomness stays
                 run = _begun(start, ranks, watch, opened, resume=resume, init_from=init_from)
@@ -172,7 +172,7 @@ class _Run:
         self.recipe, self.options, self.ranks, self.watch, self.learner = recipe, start.options, ranks, watch, learner
         self.batches, self.val_batches = batches, start.val_batches
         self.record, self.folder, self.store = start.record, start.folder, store
-        self.at = _Position()
+        self.at = Position()
         self.total_steps = recipe.epochs * len(batches)
         self.warmup_steps = round(recipe.warmup_epochs * len(batches))
         self.batch_images = min(recipe.batch_images, len(batches.images))
@@ -184,7 +184,7 @@ class _Run:
         """Take the position of a checkpoint, or the first step, and say which."""
         if state is not None:
             try:
-                self.at = _Position(**state["position"])
+                self.at = Position(**state["position"])
                 self.batches.bad.update(state["bad"])
             except (KeyError, TypeError, ValueError) as error:
                 raise BadRun(f"the checkpoint of {self.folder} is not one of this version: {error!r}") from error

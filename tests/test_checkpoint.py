@@ -279,7 +279,7 @@ def test_a_milestone_and_the_best_outlive_a_save_of_the_same_step_without_a_mark
     store = Checkpoints(tmp_path, keep_last=1, say=lambda line: None)
     with monkeypatch.context() as patched:
         if fails:
-            patched.setattr(lambdanets.steps, "_write_file", lambda *rest: no_space())
+            patched.setattr(lambdanets.steps, "written", lambda *rest: no_space())
         store.save(3, state_of(3), milestone=True)
         store._join()
     if restart:

@@ -32,7 +32,8 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
 from lambdanets import batches as batching
-from lambdanets import data, files
+from lambdanets import data, files, transforms
+from lambdanets import listing as listing_of_a_folder
 from lambdanets.batches import Batches
 from lambdanets.data import Images
 from lambdanets.decode import BadData, BadImage, DiskFault, open_image
@@ -821,8 +822,10 @@ def test_a_disk_that_gives_all_files_one_number_in_its_lists_is_asked_for_each(t
         def inode(self):
             return 2**32 - 1
 
-    real = data._entries
-    monkeypatch.setattr(data, "_entries", lambda place: (real(place)[0], [Entry(e) for e in real(place)[1]]))
+    real = listing_of_a_folder._entries
+    monkeypatch.setattr(
+        listing_of_a_folder, "_entries", lambda place: (real(place)[0], [Entry(e) for e in real(place)[1]])
+    )
     found = data.folder(tmp_path)
     assert (found.train.names, found.ignored) == (want, {})
 
@@ -872,10 +875,10 @@ def test_ignored_names_are_at_most_ten(tmp_path):
 def test_r58_every_suffix_is_found_in_any_case(tmp_path):
     fill(tmp_path, {"a": 0, "b": 1})
     (tmp_path / "b" / "1.png").write_bytes(PNG)
-    for suffix in data.IMAGE_SUFFIXES:
+    for suffix in listing_of_a_folder.IMAGE_SUFFIXES:
         (tmp_path / "a" / f"1{suffix.upper()}").write_bytes(PNG)
     found = data.folder(tmp_path)
-    assert len(found.train) + len(found.val) == len(data.IMAGE_SUFFIXES) + 2
+    assert len(found.train) + len(found.val) == len(listing_of_a_folder.IMAGE_SUFFIXES) + 2
 
 
 @pytest.mark.parametrize("top", ["", "train/"])
@@ -1277,12 +1280,12 @@ def test_r4_mixing_is_a_function_of_seed_and_step_on_any_number_of_ranks(alphas)
     kept = images.clone()
     seen = set()
     for step in range(6):
-        mixed, targets = batching.mix(images, labels, classes=8, seed=3, step=step, **alphas)
+        mixed, targets = transforms.mix(images, labels, classes=8, seed=3, step=step, **alphas)
         torch.manual_seed(step)
         np.random.seed(step)  # noqa: NPY002
         ambient = np.random.get_state()[1].tolist()  # noqa: NPY002
         parts = [
-            batching.mix(images[a : a + 2], labels[a : a + 2], classes=8, seed=3, step=step, **alphas)
+            transforms.mix(images[a : a + 2], labels[a : a + 2], classes=8, seed=3, step=step, **alphas)
             for a in range(0, 8, 2)
         ]
         assert torch.equal(torch.cat([part[0] for part in parts]), mixed)
@@ -1302,15 +1305,15 @@ def test_r4_mixing_is_a_function_of_seed_and_step_on_any_number_of_ranks(alphas)
 
 def test_nothing_is_mixed_unasked_and_an_odd_last_image_stays():
     images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
-    same_images, targets = batching.mix(images, labels, classes=3, seed=0, step=0)
+    same_images, targets = transforms.mix(images, labels, classes=3, seed=0, step=0)
     assert same_images is images
     assert torch.equal(targets.argmax(dim=1), labels)
-    mixed, targets = batching.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=1.0)
+    mixed, targets = transforms.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=1.0)
     assert torch.equal(mixed[4], images[4])
     assert targets[4].tolist() == [0, 1, 0]
     assert not torch.equal(mixed[3], images[3])
     with pytest.raises(ValueError, match="mixup_alpha is -1"):
-        batching.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=-1)
+        transforms.mix(images, labels, classes=3, seed=0, step=0, mixup_alpha=-1)
 
 
 def test_no_augmentation_is_the_view_of_evaluation():

@@ -339,7 +339,7 @@ def no_space(recipe, data, out):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    on_rank(0, 4, lambda run: setattr(lambdanets.steps, "_write_file", full))
+    on_rank(0, 4, lambda run: setattr(lambdanets.steps, "written", full))
     run(recipe, data, out, save_steps=1)
 
 

@@ -452,7 +452,7 @@ def test_a_damaged_line_of_the_journal_is_said_and_its_shards_are_made_again(
 def stopped(photos: Path, out: Path) -> Path:
     """A job that was stopped at its last file but one."""
     with pytest.MonkeyPatch.context() as only:
-        only.setattr(packing._Job, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        only.setattr(packing.Job, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(photos, out, shard_bytes=25_000)
     return out
