@@ -124,6 +124,7 @@ def test_the_recipe_follows_from_the_arguments(args, recipe, data, monkeypatch):
     monkeypatch.setattr(lambdanets.train, "train", fake)
     assert main(["train", *args, "--workers", "3"]) == 0
     how = {"out": None, "seed": 0, "device": "auto", "workers": 3, "resume": False, "init_from": None}
+    how["allow_sources"] = []
     assert given == {"recipe": recipe, "data": data, "options": Options(), **how}
 
 
