@@ -23,6 +23,7 @@ import json
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -299,13 +300,19 @@ def column(home: str, held: Manifest, split: str, name: str, *, compare: bool = 
     return mapped
 
 
+# numpy lets Python parse a header, and CPython 3.11's parser counts its depth for all threads together: two at once can
+# fail ("AST constructor recursion depth mismatch").
+_PARSER = threading.Lock()
+
+
 def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: str) -> np.ndarray[Any, Any]:
     """A .npy file of unknown origin, mapped, if it holds n values of that type. Raises BadData with `remedy`."""
     try:
         with on_disk(where, lambda: open_file(path)) as file:
             if np.lib.format.read_magic(file) != (1, 0):  # whose header has at most 65,535 bytes
                 raise ValueError("its header is not that of version 1.0")
-            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            with _PARSER:
+                shape, _, found = np.lib.format.read_array_header_1_0(file)
             start, size = file.tell(), os.fstat(file.fileno()).st_size
         if found.hasobject:
             raise ValueError("it holds pickled objects")

@@ -1342,7 +1342,7 @@ def test_heads_of_many_shards_on_a_store_are_read_side_by_side(store, packed, mo
     started = time.monotonic()
     held = dataclasses.replace(held, splits={"train": many, "val": []})
     assert not shards.differing("unreliable://bucket/many", held, heads=True)
-    assert time.monotonic() - started < 1.6  # 128 answers of 0.05 s, 32 at a time; one after another 6.4 s
+    assert time.monotonic() - started < 3.2  # 128 answers of 0.05 s, 32 at a time; one after another 6.4 s
     broken = bytearray((packed / one.name).read_bytes())
     broken[600] ^= 1
     store.pipe_file("/bucket/many/train-00077.tar", bytes(broken))
