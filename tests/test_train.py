@@ -30,7 +30,7 @@ from lambdanets.data import Images
 from lambdanets.decode import BadData, BadImage
 from lambdanets.demo import demo
 from lambdanets.errors import NonFiniteLoss
-from lambdanets.evaluate import evaluate, predict
+from lambdanets.evaluate import Confusion, evaluate, predict
 from lambdanets.files import write_atomically
 from lambdanets.recipes import BadRecipe, choose
 from lambdanets.recipes.digits import digits
@@ -259,7 +259,7 @@ def test_a_run_leaves_weights_numbers_and_a_picture(colours, tmp_path):
 def test_the_picture_takes_any_class_name_and_any_number_of_classes(names):
     history = [{"epoch": 1, "train_loss": 2.0, "val_loss": 1.0, "train_top1_frac": 0.1, "val_top1_frac": 0.2}]
     counts = [[int(i == j) for j in range(len(names))] for i in range(len(names))]
-    pictures = [curves_png(history, c, names, "title") for c in (counts, counts[::-1])]
+    pictures = [curves_png(history, Confusion.read(c, len(names)), names, "title") for c in (counts, counts[::-1])]
     assert all(png.startswith(b"\x89PNG") for png in pictures)
     assert pictures[0] != pictures[1]
 
