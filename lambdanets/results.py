@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lambdanets import data as images_on_disk
 from lambdanets.archive import check_source
-from lambdanets.batches import Batches
+from lambdanets.batches import Batches, serve_the_run
 from lambdanets.checkpoint import (
     BAD_SAMPLES,
     CURVES,
@@ -29,7 +29,7 @@ from lambdanets.checkpoint import (
     open_run,
 )
 from lambdanets.data import Images
-from lambdanets.decode import BadData, BadImage
+from lambdanets.decode import BadData, BadImage, DiskFault
 from lambdanets.distributed import Ranks
 from lambdanets.errors import printable, some
 from lambdanets.evaluate import Confusion, Scores, evaluate
@@ -368,6 +368,7 @@ def _unreadable(images: Images, ids: Sequence[int], workers: int) -> dict[int, s
             batch_size=None,
             sampler=ids,
             num_workers=workers,
+            worker_init_fn=serve_the_run,
             generator=torch.Generator(),
         )
         tried = loader
@@ -467,7 +468,7 @@ def _worst(scores: Scores, images: Images) -> list[Mistake]:
         index = scores.ids[k]
         try:
             picture = thumbnail(images.load(index))
-        except BadImage:  # gone since
+        except (BadImage, DiskFault):  # gone since
             picture = None
         label, predicted = images.classes[int(images.labels[index])], images.classes[scores.predicted[k]]
         found.append(Mistake(images.names[index], label, predicted, scores.losses[k], picture))
