@@ -25,7 +25,8 @@ h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin-top:
 .numbers div { font-size: 1.5em } .numbers span { display: block; font-size: .55em; color: #5a6b7d }
 .warn { background: #fff3dc; border-left: 4px solid #e09b12; padding: .5em .9em; white-space: pre-wrap }
 table { border-collapse: collapse; font-size: .92em } td, th { text-align: left; padding: .18em 1.2em .18em 0;
-       vertical-align: top } th { color: #5a6b7d; font-weight: 500 } td.n { text-align: right;
+       vertical-align: top } td:not(.n) { overflow-wrap: anywhere }
+       th { color: #5a6b7d; font-weight: 500 } td.n { text-align: right;
        font-variant-numeric: tabular-nums } .numeric th { text-align: right }
 .mistakes { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 136px; font-size: .82em;
        overflow-wrap: anywhere } figure img, .gone { width: 112px; height: 112px; object-fit: contain;

@@ -57,7 +57,8 @@ def curves_svg(history: Sequence[dict[str, Any]], steps: Sequence[tuple[int, flo
         size = -(-len(steps) // _STRETCHES)
         stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
         at = [sum(step for step, _ in part) / len(part) for part in stretches]
-        panels[0].plot(at, [sum(loss for _, loss in part) / len(part) for part in stretches], linewidth=1)
+        losses = [sum(loss for _, loss in part) / len(part) for part in stretches]
+        panels[0].plot(at, losses, linewidth=1, marker="." if len(at) == 1 else None)  # one point makes no line
         panels[0].set(xlabel="step", ylabel="training loss of single steps, nats")
         panels[0].grid(alpha=0.3)
     if history:

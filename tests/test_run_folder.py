@@ -361,6 +361,15 @@ def test_whole_numbers_in_the_place_of_weights_are_refused(run):
     assert open_run(run).model.fc.weight.dtype == torch.float32
 
 
+def test_first_weights_may_lack_the_counters_of_batch_norm_as_with_torch(run, tmp_path):
+    own = read_weights(run)
+    without = {name: value for name, value in own.items() if not name.endswith("num_batches_tracked")}
+    safetensors.torch.save_file(without, tmp_path / "w.safetensors")
+    model = lambdanets.create_model("lambda_resnet_tiny", num_classes=3)
+    assert "all of it" in load_weights(model, tmp_path / "w.safetensors")["said"]
+    same({name: value for name, value in model.state_dict().items() if name in without}, without)
+
+
 def test_of_a_checkpoint_only_the_running_average_is_read(run, monkeypatch):
     (step, *_) = sorted(run.glob("step-*"))
     wanted = read_checkpoint(step).load()["learner"]["average"]
