@@ -174,6 +174,15 @@ def _tidy(folder: int, name: str) -> None:
 # ---- read
 
 
+def present(path: str | Path) -> bool:
+    """Whether there is something of this name, a link that leads nowhere too; OSError where it cannot be seen."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def tried_again(call: Callable[[], T]) -> T:
     """What `call` gives; an OSError of it is final after PAUSES_S. For reading what is known to be there: a network
     disk that is away for a moment answers ENOENT, EACCES or EIO, as one that is broken does."""

@@ -63,7 +63,8 @@ def project(
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 projection of a map (b, dim, *map) by weights (channels out, dim): (b, channels out, positions)."""
-    training, cpu = torch.is_grad_enabled(), x.device.type == "cpu"
+    # torch.jit.trace records with gradients and checks without: one way, then, for both.
+    training, cpu = torch.is_grad_enabled() or torch.jit.is_tracing(), x.device.type == "cpu"
     if cpu and not training and (x.is_contiguous() or math.prod(sizes(x)[2:]) <= _SMALL_MAP):
         # Position by position, as it is read next. In 16 bits the library would copy the weights for each example.
         rows = x.flatten(2).transpose(-2, -1)

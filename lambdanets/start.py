@@ -22,7 +22,7 @@ from lambdanets.checkpoint import BAD_SAMPLES, BadRun, check_weights, choose_fol
 from lambdanets.data import Images
 from lambdanets.distributed import Ranks
 from lambdanets.errors import printable
-from lambdanets.files import to_stderr, write_json
+from lambdanets.files import present, to_stderr, write_json
 from lambdanets.learner import create, train_mode
 from lambdanets.recipes import BadRecipe, Options, Recipe
 from lambdanets.record import RUN_JSON, read_record, recipe_of
@@ -48,7 +48,7 @@ class Start:
 
     def begin(self, began_from: dict[str, str] | None) -> None:
         """Write run.json, the first thing in the folder but for the lock, and say what was found."""
-        if self.old is None and (self.folder / RUN_JSON).exists():
+        if self.old is None and present(self.folder / RUN_JSON):
             raise BadRun(f"--out {self.folder} was just taken by another run: name another folder")
         if self.old is not None:
             now = {key: self.record[key] for key in ("status", "options", "device")}
@@ -212,7 +212,7 @@ def _place(
         if not resume or out is None:
             return choose_folder(out, recipe.name), None
         folder = Path(out)
-        if not os.path.lexists(folder / RUN_JSON):
+        if not present(folder / RUN_JSON):
             held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
             begun = held and all(re.fullmatch(LEFT_AT_THE_START, name) for name in held)
             return (folder if begun else choose_folder(out, recipe.name)), None
@@ -237,10 +237,10 @@ def recorded(
 ) -> tuple[Recipe, str | None, int, str | None] | None:
     """Recipe, data, seed and init_from of the run in a folder, as `train` takes them; None where none has begun.
 
-    Raises BadRun where its run.json cannot be read; BadData where it names a URL that is none of `allow_sources`, nor
+    Raises BadRun where its run.json is not one; OSError where it may not be looked at; BadData where it names a URL that is none of `allow_sources`, nor
     below one: the user did not name it.
     """
-    if not os.path.lexists(Path(folder) / RUN_JSON):
+    if not present(Path(folder) / RUN_JSON):
         return None
     record = read_record(folder)
     source = record["data"]["source"]

@@ -30,7 +30,7 @@ import safetensors.torch
 from torch import Tensor
 
 from lambdanets.errors import BadRun, NonFiniteState, NotForThis
-from lambdanets.files import field, json_object, lock, open_to_append, read_file, sync_folder, to_stderr, written
+from lambdanets.files import field, json_object, lock, open_to_append, present, read_file, sync_folder, to_stderr, written
 from lambdanets.state import flatten, is_finite, safetensors_bytes, unflatten
 
 TENSORS = "tensors.safetensors"
@@ -195,7 +195,7 @@ class Checkpoints:
 
         def put_aside(bad: Path) -> None:
             number = 0
-            while os.path.lexists(aside := bad.with_name(f"{bad.name}.bad{number or ''}")):
+            while present(aside := bad.with_name(f"{bad.name}.bad{number or ''}")):
                 number += 1
             try:
                 os.rename(bad, aside)
@@ -350,7 +350,7 @@ class Checkpoints:
             if found is None:
                 continue
             place = self.folder / f"step-{found[1]}"
-            if found[2] == "old" and not os.path.lexists(place):
+            if found[2] == "old" and not present(place):
                 os.rename(self.folder / name, place)
             else:
                 _remove(self.folder / name)
@@ -359,7 +359,7 @@ class Checkpoints:
 def _put_in_place(part: Path, place: Path) -> None:
     """Rename, over a checkpoint of the same step if there is one: that is set aside first, and back if it fails."""
     old = place.with_name(f".{place.name}.old")
-    if not os.path.lexists(place):
+    if not present(place):
         os.rename(part, place)
         return
     _remove(old)

@@ -488,7 +488,7 @@ def test_the_losses_of_single_steps_are_those_of_the_log(tmp_path):
 
 def test_the_worst_mistakes_are_those_of_highest_loss_with_their_pictures(made):
     opened = open_run(made / "run")
-    images, _ = own_images(opened.record)
+    images, _ = own_images(opened.record, opened.folder)
     batches = Batches(images, opened.view, batch_images=9, training=False)
     scores = evaluate(opened.model, batches, classes=7, device=CPU)
     want = by_hand(made / "run", [made / "photos" / name for name in images.names])
@@ -534,7 +534,7 @@ def test_a_page_is_of_a_run(tmp_path, capsys):
 
 def test_a_big_thumbnail_is_small_and_a_run_without_mistakes_says_so(made):
     opened = open_run(made / "run")
-    images, _ = own_images(opened.record)
+    images, _ = own_images(opened.record, opened.folder)
     Image.new("RGB", (900, 300), "teal").save(made / "photos" / images.names[0])
     scores = evaluate(opened.model, Batches(images, opened.view, batch_images=9, training=False), classes=7, device=CPU)
     predicted = [int(images.labels[i]) for i in scores.ids]

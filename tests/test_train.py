@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import lambdanets
 import lambdanets.checkpoint
 import lambdanets.data
+import lambdanets.files
 import lambdanets.learner
 import lambdanets.start
 import lambdanets.train
@@ -573,9 +574,12 @@ def test_a_run_that_may_not_be_read_is_one_message(colours, tmp_path, monkeypatc
     def forbidden(self):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
-    for name in ("is_file", "iterdir"):
+    def no_look(path):
+        return forbidden(path) if path == tmp_path / "run.json" else os.stat(path, follow_symlinks=False)
+
+    for where, name, fake in ((os, "lstat", no_look), (lambdanets.checkpoint.Path, "iterdir", forbidden)):
         with monkeypatch.context() as patched:
-            patched.setattr(lambdanets.checkpoint.Path, name, forbidden)
+            patched.setattr(where, name, fake)
             assert main(["train", "--data", str(colours), "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 2
             assert "Permission denied" in capsys.readouterr().err
 
@@ -743,6 +747,10 @@ def test_another_class_count_is_refused(finished):
     path = finished / "run.json"
     record = json.loads(path.read_text())
     record["classes"].append("violet")
+    with pytest.raises(BadRun, match="nor the rows of 4 classes"):  # of its own result, before the weights are read
+        path.write_text(json.dumps(record))
+        open_run(finished)
+    record["result"]["confusion"] = [[1, 0, 0, 0]] * 4
     path.write_text(json.dumps(record))
     with pytest.raises(BadRun, match=r"fc\.bias is \(3,\), the model's \(4,\)"):
         open_run(finished)

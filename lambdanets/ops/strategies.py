@@ -381,7 +381,9 @@ def _choose_once(p: Problem, limit: int | None) -> Cost:
     any size; whether one can run is asked of the sizes themselves."""
     here, hinted = where(p), _hinted(p)
     if eager.exporting() or torch.jit.is_tracing():
-        here, hinted = "export", replace(hinted, b=8)  # the graph serves any batch
+        # The graph serves any batch; torch.jit.trace checks without gradients what it recorded with them.
+        training = p.training and not torch.jit.is_tracing()
+        here, hinted = "export", replace(hinted, b=8, training=training)
     best: Cost | None = None
     refused: Cost | None = None
     for name, row in STRATEGIES.items():
