@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from .errors import printable
 from .files import tried_again
 
 MAX_IMAGE_PX = 50_000_000
@@ -55,7 +56,7 @@ class BadImage(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{printable(self.name)}: {self.reason}"
 
 
 class _TooLarge(BadImage):
@@ -79,7 +80,7 @@ class DiskFault(BadData):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{printable(self.name)}: {self.reason}"
 
 
 def open_image(

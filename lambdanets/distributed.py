@@ -155,12 +155,6 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def sum_counts(self, counts: Tensor) -> Tensor:
-        """A tensor of whole numbers, on the CPU, summed over the ranks."""
-        if self.ranks > 1:
-            dist.all_reduce(counts)
-        return counts
-
     def all(self, value: Any) -> list[Any]:
         """Every rank's value, by rank; anything that JSON holds (dictionaries keep string keys)."""
         if self.ranks == 1:

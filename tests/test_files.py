@@ -88,6 +88,22 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.0123abcd.part", "a"]
 
 
+def test_a_writer_whose_file_another_takes_for_a_leftover_begins_again(tmp_path, monkeypatch):
+    real, tidied = files.fcntl.flock, []
+
+    def slow(file, how):
+        if not tidied:  # between the new file and its lock another writer comes and tidies up
+            tidied.append(len(list(tmp_path.iterdir())))
+            files._tidy(os.open(tmp_path, os.O_RDONLY), "a")
+            assert not list(tmp_path.iterdir())
+        real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", slow)
+    write_atomically(tmp_path / "a", b"whole")
+    assert tidied == [1]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"whole"}
+
+
 def test_of_many_writers_of_one_file_each_leaves_a_whole_one(tmp_path):
     def write(letter):
         for _ in range(40):

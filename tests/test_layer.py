@@ -574,14 +574,7 @@ def test_resizing_a_table_keeps_the_precision_that_it_has() -> None:
     assert torch.equal(rounded, resize_table(exact.bfloat16().double(), (6, 3)).bfloat16())
 
 
-traces = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning",
-    "ignore:.torch.jit.:DeprecationWarning",  # of torch 2.11
-    "ignore:.torch.jit.:FutureWarning",
-)
-
-
-@traces
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("strategy", ["auto", *[s for s in STRATEGIES if s != "fused"]])
 @pytest.mark.parametrize(
@@ -609,7 +602,7 @@ def test_a_trace_of_a_layer_gives_the_layers_numbers(kind, shape, arguments, str
         torch.testing.assert_close(traced(other), layer(other))
 
 
-@traces
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("what", ["ours", "timm's window", "timm's table", "timm's fused", "ours fused"])
 def test_traces_can_be_saved_and_hold_no_python(what: str, tmp_path) -> None:
     torch.manual_seed(0)
