@@ -237,8 +237,8 @@ def recorded(
 ) -> tuple[Recipe, str | None, int, str | None] | None:
     """Recipe, data, seed and init_from of the run in a folder, as `train` takes them; None where none has begun.
 
-    Raises BadRun where its run.json is not one; OSError where it may not be looked at; BadData where it names a URL that
-    is none of `allow_sources`, nor below one: the user did not name it.
+    Raises BadRun where its run.json is not one; OSError where it may not be looked at; BadData where it names a URL
+    that is none of `allow_sources`, nor below one: the user did not name it.
     """
     if not present(Path(folder) / RUN_JSON):
         return None

@@ -30,7 +30,17 @@ import safetensors.torch
 from torch import Tensor
 
 from lambdanets.errors import BadRun, NonFiniteState, NotForThis
-from lambdanets.files import field, json_object, lock, open_to_append, present, read_file, sync_folder, to_stderr, written
+from lambdanets.files import (
+    field,
+    json_object,
+    lock,
+    open_to_append,
+    present,
+    read_file,
+    sync_folder,
+    to_stderr,
+    written,
+)
 from lambdanets.state import flatten, is_finite, safetensors_bytes, unflatten
 
 TENSORS = "tensors.safetensors"

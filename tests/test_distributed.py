@@ -265,7 +265,7 @@ def evaluate_101():
         view = View(4, 1, (0.0,), (1.0,), 1.0)
         batches = Batches(images, view, batch_images=16, training=False, rank=ranks.rank, ranks=ranks.ranks)
         scores = evaluate(Level(), batches, classes=8, device=torch.device("cpu"), ranks=ranks)
-    return dataclasses.asdict(scores)
+    return dataclasses.asdict(scores) | {"confusion": scores.confusion.json()}
 
 
 def test_R46_each_of_101_images_is_counted_once_on_any_number_of_ranks(children):

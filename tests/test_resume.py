@@ -37,6 +37,7 @@ from lambdanets.recipes import BadRecipe, Options, choose
 from lambdanets.state import flatten
 from lambdanets.steps import Checkpoints, newest_checkpoint
 from lambdanets.train import _Run, train
+from lambdanets.transforms import View
 from lambdanets.watchdog import HANG, LOST, Terminated
 
 
@@ -386,7 +387,9 @@ def first_writes(out, recipe, kill_at):
         setattr(os, name, counted)
     folder, old = lambdanets.start._place(out, recipe, 3, True, None)
     record = {"status": "running", "id": "0" * 16, "recipe": dataclasses.asdict(recipe), "seed": 3, "starts": []}
-    record |= {"options": {}, "device": "cpu", "data": {"source": "x", "how": "", "ignored": {}}}
+    record |= {"options": {}, "device": "cpu", "classes": ["a", "b"], "history": []}
+    record["view"] = dataclasses.asdict(View(8, 3, (0.0,) * 3, (1.0,) * 3, 1.0))
+    record["data"] = {"source": "x", "how": "", "ignored": {}, "val_images": 1}
     with Checkpoints(folder, run="0" * 16):
         lambdanets.start.Start(recipe, Options(), folder, old, torch.device("cpu"), None, None, record).begin(None)
     return calls[0]

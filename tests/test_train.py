@@ -747,8 +747,8 @@ def test_another_class_count_is_refused(finished):
     path = finished / "run.json"
     record = json.loads(path.read_text())
     record["classes"].append("violet")
+    path.write_text(json.dumps(record))
     with pytest.raises(BadRun, match="nor the rows of 4 classes"):  # of its own result, before the weights are read
-        path.write_text(json.dumps(record))
         open_run(finished)
     record["result"]["confusion"] = [[1, 0, 0, 0]] * 4
     path.write_text(json.dumps(record))
