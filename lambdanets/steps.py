@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import shutil
 import stat
@@ -24,23 +23,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from lambdanets.errors import BadRun, NonFiniteState, NotForThis
-from lambdanets.files import (
-    field,
-    json_object,
-    lock,
-    open_to_append,
-    present,
-    read_file,
-    sync_folder,
-    to_stderr,
-    written,
-)
+from lambdanets.files import field, json_object, present, read_file, sync_folder, to_stderr, written
+from lambdanets.run_lock import locked, unlock
 from lambdanets.state import flatten, is_finite, safetensors_bytes, unflatten
 
 TENSORS = "tensors.safetensors"
@@ -168,7 +158,7 @@ class Checkpoints:
         probe = self.folder / ".step-probe.part"
         try:
             os.makedirs(self.folder, exist_ok=True)
-            self._lock = _locked(self.folder)
+            self._lock = locked(self.folder)
         except OSError as error:
             raise BadRun(f"{self.folder} cannot be written ({error}): name another folder") from error
         try:
@@ -176,7 +166,7 @@ class Checkpoints:
             os.mkdir(probe)  # the lock file may be older than the folder's being read-only
             os.rmdir(probe)
         except OSError as error:
-            _unlock(self._lock)
+            unlock(self._lock)
             raise BadRun(f"{self.folder} cannot be written ({error}): name another folder") from error
 
     def __enter__(self) -> Checkpoints:
@@ -195,7 +185,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the writer and give the folder free; errors are `wait`'s to raise."""
         self._join()
-        _unlock(self._lock)
+        unlock(self._lock)
 
     def newest(self) -> Checkpoint | None:
         """As `newest_checkpoint`; a damaged checkpoint is renamed to step-N.bad, so that it counts no more.
@@ -468,40 +458,3 @@ def _remove(folder: Path) -> None:
             os.unlink(folder)
         else:
             shutil.rmtree(folder)
-
-
-def _locked(folder: Path) -> IO[bytes]:
-    """An open, locked RUN/.lock; the system frees it when the process ends, however it ends. Raises BadRun, OSError."""
-    file = open_to_append(folder / ".lock")
-    try:
-        lock(file, folder)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read(200).decode(errors="replace").strip() or "another process"
-        file.close()
-        raise BadRun(f"{folder} is in use by {holder}: wait until it ends, or name another folder") from None
-    except BaseException:
-        file.close()
-        raise
-    _held.add(file)
-    return file
-
-
-def _unlock(file: IO[bytes]) -> None:
-    if file in _held:
-        _held.discard(file)
-        file.close()
-
-
-_held: set[IO[bytes]] = set()
-
-
-def _forget_in_child() -> None:
-    # A forked loader worker outlives a killed parent by seconds; holding the lock, it would keep the restart out.
-    for file in list(_held):
-        _unlock(file)
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

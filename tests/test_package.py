@@ -30,6 +30,7 @@ ROOMS = [
     {"inference"},
     {"recipes.__init__", "recipes.digits", "recipes.folder", "recipes.imagenet"},
     {"optim", "state"},
+    {"run_lock"},
     {"steps"},
     {"order"},
     {"decode"},
