@@ -79,6 +79,8 @@ def train(
     options = options or Options()
     ranks = Ranks(watched=True)
     with (
+        torch.inference_mode(False),  # the caller's modes stay the caller's
+        torch.enable_grad(),
         contextlib.ExitStack() as made,
         Watchdog(hang_timeout_s=options.hang_timeout_s, words=ranks.words, tell=ranks.tell) as watch,
         ranks,

@@ -743,6 +743,16 @@ def test_weights_that_are_not_finite_are_refused(finished):
         open_run(finished)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_under_the_callers_no_grad_is_the_same_run(mode, colours, tmp_path):
+    with mode():
+        train(tiny(epochs=1, warmup_epochs=0.0), colours, out=tmp_path / "within")
+        assert not torch.is_grad_enabled()
+    train(tiny(epochs=1, warmup_epochs=0.0), colours, out=tmp_path / "without")
+    first, second = weights_of(tmp_path / "within"), weights_of(tmp_path / "without")
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
 def test_another_class_count_is_refused(finished):
     path = finished / "run.json"
     record = json.loads(path.read_text())
