@@ -31,7 +31,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 loss-curve: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/test_loss_curve.py $(ADD)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/classification/test_loss_curve.py $(ADD)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.op

@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 
-from lambdanets.batches import Batches
-from lambdanets.data import folder
-from lambdanets.pack import pack
-from lambdanets.recipes import IMAGENET_MEAN, IMAGENET_STD
-from lambdanets.transforms import View
+from lambdanets.data.batches import Batches
+from lambdanets.data.folders import folder
+from lambdanets.data.pack import pack
+from lambdanets.data.transforms import View
+from lambdanets.recipes.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 PX, BATCH_IMAGES, CLASSES = 224, 32, 4
 

@@ -42,8 +42,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peers import COMPILED, OURS, PEERS, compiled, contenders, reason, why_not_compiled, why_not_run
 from lambdanets import LambdaLayer, fuse, plan
-from lambdanets.ops import STRATEGIES, lambda_reference
-from lambdanets.ops.strategies import Cost, Problem
+from lambdanets.ops.problem import Cost, Problem
+from lambdanets.ops.reference import lambda_reference
+from lambdanets.ops.strategies import STRATEGIES
 
 SHAPES = [  # map side, channels, scope (None: global), batch
     (7, 512, 23, 8), (14, 256, 23, 8), (28, 128, 23, 8), (56, 64, 23, 8),

@@ -10,7 +10,8 @@ from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from torch import Tensor, nn
 
 from lambdanets import LambdaLayer
-from lambdanets.ops import STRATEGIES, relative_embeddings
+from lambdanets.ops.reference import relative_embeddings
+from lambdanets.ops.strategies import STRATEGIES
 
 PEERS = {"timm": None, "plain einsum": "lambdas", "conv2d": "conv"}  # which order of ours predicts a peer's time
 OURS = ("auto", "fuse", "fused")  # the last on a GPU alone: "auto" does not take it yet

@@ -25,7 +25,7 @@ from timm.layers.lambda_layer import LambdaLayer as TimmLambdaLayer
 from torch import Tensor, nn
 
 from benchmarks.op import measure, start
-from lambdanets.weights import accelerate
+from lambdanets.models.timm_layers import accelerate
 
 MODELS = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts")
 WARM_UPS = 2  # calls that `measure` makes of each before those that it returns

@@ -1,4 +1,4 @@
-"""Measures the position part in every order of evaluation and fits the plan's rates to it (`strategies._RATES`).
+"""Measures the position part in every order of evaluation and fits the plan's rates to it (`strategies.RATES`).
 
     python -m benchmarks.rates --out FILE                        this machine's CPU, float32 and bfloat16: ten minutes
     python -m benchmarks.rates --device cuda --batch 16 --out FILE    16 times the batch
@@ -6,7 +6,7 @@
 
 Times are medians of interleaved runs. A strategy that needs over --memory-gb at once, longer than --limit-s a run, or
 20 times as long as the fastest, or is priced at that, is left out. The fit is least squares of the logarithms of the
-plan's own prices, and a walk from there to what chooses best. What it prints goes into _RATES, with how often the plan
+plan's own prices, and a walk from there to what chooses best. What it prints goes into RATES, with how often the plan
 would then take a strategy within 15% of the fastest, and how often it does so today, on the same measurements.
 """
 
@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ from scipy.optimize import least_squares
 
 from benchmarks.op import BUDGET_BYTES, measure, seconds, start
 from benchmarks.peers import reason
-from lambdanets.ops import STRATEGIES, Problem, plan, strategies
+from lambdanets.ops import planner
+from lambdanets.ops.planner import plan, where
+from lambdanets.ops.problem import Problem, itemsize_of
+from lambdanets.ops.strategies import RATES, STRATEGIES, Rate, Rates
 from lambdanets.ops.tune import random_position, run_once
 
 SHAPES = [  # side, scope (None: global), v, batch
@@ -37,7 +40,7 @@ SHAPES = [  # side, scope (None: global), v, batch
     (56, 23, 16, 2), (56, 7, 16, 8), (64, 23, 64, 2), (64, None, 64, 2), (100, 11, 16, 2),
 ]  # fmt: skip
 FAR = 20  # a strategy that is priced at, or takes, so many times the fastest's time says nothing about choices
-ORDERS = tuple(strategies._RATES["cpu", False, False].macs)
+ORDERS = tuple(field.name for field in fields(Rates) if field.name not in ("far", "block_s"))
 
 
 def problem(shape: tuple[int, int | None, int, int], dtype: torch.dtype, training: bool, device: str) -> Problem:
@@ -92,31 +95,33 @@ def restored(fields: dict[str, Any]) -> Problem:
     return Problem(**{**lists, "dtype": getattr(torch, fields["dtype"])})
 
 
-def vector(rates: Any) -> np.ndarray:
-    return np.log([*rates.macs.values(), *rates.bytes.values(), rates.far, rates.block_s])
+def vector(rates: Rates) -> np.ndarray:
+    orders = [rates.of(order) for order in ORDERS]
+    return np.log([*(rate.macs for rate in orders), *(rate.bytes for rate in orders), rates.far, rates.block_s])
 
 
-def rates_of(x: np.ndarray, digits: int = 12) -> Any:
+def rates_of(x: np.ndarray, digits: int = 12) -> Rates:
     n = len(ORDERS)
     values = [float(f"{v:.{digits}g}") for v in np.exp(x)]
-    return strategies._rates(tuple(values[:n]), tuple(values[n : 2 * n]), values[-2], values[-1])
+    orders = {name: Rate(*pair) for name, *pair in zip(ORDERS, values[:n], values[n : 2 * n], strict=True)}
+    return Rates(**orders, far=values[-2], block_s=values[-1])
 
 
 Key = tuple[str, bool, bool]
 Group = list[tuple[Problem, dict[str, float]]]
 
 
-def with_rates(key: Key, rates: Any) -> AbstractContextManager[Any]:
-    return patch.dict(strategies._RATES, {key: rates})
+def with_rates(key: Key, rates: Rates) -> AbstractContextManager[Any]:
+    return patch.dict(RATES, {key: rates})
 
 
 def fit(key: Key, group: Group) -> Any:
     """The rates near to what was measured that choose best: today's where nothing speaks, at most 1,000 times off."""
-    today = vector(strategies._RATES[key])
+    today = vector(RATES[key])
 
     def errors(x: np.ndarray) -> np.ndarray:
         with with_rates(key, rates_of(x)):
-            off = [math.log(strategies._price(p, s, None).seconds / t) for p, ts in group for s, t in ts.items()]
+            off = [math.log(planner._price(p, s, None).seconds / t) for p, ts in group for s, t in ts.items()]
         return np.concatenate([off, 0.02 * (x - today)])
 
     low, high = today - math.log(1000), today + math.log(1000)
@@ -138,13 +143,13 @@ def fit(key: Key, group: Group) -> Any:
     return rates_of(best, digits=2)
 
 
-def choices(key: Key, rates: Any, group: Group) -> list[float]:
+def choices(key: Key, rates: Rates, group: Group) -> list[float]:
     """The time of what the plan takes over that of the fastest, problem by problem."""
     found = []
     with with_rates(key, rates):
         for p, times in group:
-            allowed = [s for s in times if strategies.where(p) in STRATEGIES[s].automatic]
-            takes = min(allowed, key=lambda s: strategies._price(p, s, None).seconds)
+            allowed = [s for s in times if where(p) in STRATEGIES[s].automatic]
+            takes = min(allowed, key=lambda s: planner._price(p, s, None).seconds)
             found.append(times[takes] / min(times[s] for s in allowed))
     return found
 
@@ -153,13 +158,12 @@ def report(measurements: list[dict[str, Any]]) -> None:
     groups: dict[Key, Group] = {}
     for row in measurements:
         p = restored(row["problem"])
-        key = strategies.where(p), strategies._itemsize(p) < 4, p.training
+        key = where(p), itemsize_of(p) < 4, p.training
         groups.setdefault(key, []).append((p, {s: t / 1e3 for s, t in row["ms"].items()}))
     for key, group in groups.items():
         rates = fit(key, group)
-        macs, moved = (", ".join(f"{x:.2g}" for x in some.values()) for some in (rates.macs, rates.bytes))
-        print(f"    {key}: _rates(({macs}), ({moved}), {rates.far}, {rates.block_s}),")
-        for name, what in (("fitted", rates), ("today", strategies._RATES[key])):
+        print(f"    {key}: {rates},")
+        for name, what in (("fitted", rates), ("today", RATES[key])):
             off = choices(key, what, group)
             within = sum(x <= 1.15 for x in off)
             print(f"      {name}: within 15% of the fastest in {within} of {len(off)}, worst {max(off):.2f}")

@@ -4,7 +4,7 @@
 
 PATH is train.py of github.com/huggingface/pytorch-image-models at the tag of the installed timm; it is run as it is.
 The images are scikit-learn's digits, written here as PNG files in folders that both read. One settings object, the
-`Recipe` of `recipe()`, decides both sides: ours is `lambdanets.train.train` with it, timm's arguments are made from it
+`Recipe` of `recipe()`, decides both sides: ours trains with it, timm's arguments are made from it
 (`timm_arguments`). Each training is a process of its own, ours and timm's in turn, seed by seed; both have the same
 environment, threads and number of reading processes, and start from the same weights. What the clocks see is the same
 too: steps with the waiting for their batches, without evaluation and saving.
@@ -48,9 +48,9 @@ import timm
 from PIL import Image
 
 from benchmarks.op import start
-from lambdanets import optim
-from lambdanets.data import digits
-from lambdanets.recipes import Recipe
+from lambdanets.data.sklearn_digits import digits
+from lambdanets.recipes.recipe import Recipe
+from lambdanets.training import optim
 
 PX, TRAIN_IMAGES, VAL_IMAGES, CLASSES = 32, 1437, 360, 10
 BATCH_IMAGES = 32

@@ -19,17 +19,17 @@ _HOME = {
     "lambda_op": "ops",
     "plan": "ops",
     "Problem": "ops",
-    "LambdaLayer": "layer",
-    "LambdaLayer1d": "layer",
-    "LambdaLayer3d": "layer",
-    "resize_table": "layer",
-    "LambdaResNet": "resnet",
-    "create_model": "weights",
-    "list_models": "resnet",
-    "model_cost": "cost",
-    "accelerate": "weights",
-    "from_d_li14": "weights",
-    "fuse": "inference",
+    "LambdaLayer": "layers.lambda_layer",
+    "LambdaLayer1d": "layers.lambda_layer",
+    "LambdaLayer3d": "layers.lambda_layer",
+    "resize_table": "layers.loading",
+    "LambdaResNet": "models.resnet",
+    "create_model": "models.create",
+    "list_models": "models.create",
+    "model_cost": "models.cost",
+    "accelerate": "models.timm_layers",
+    "from_d_li14": "models.d_li14",
+    "fuse": "models.fuse",
 }
 
 __all__ = [
@@ -50,12 +50,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .cost import model_cost
-    from .inference import fuse
-    from .layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d, resize_table
-    from .ops import Problem, lambda_op, plan
-    from .resnet import LambdaResNet, list_models
-    from .weights import accelerate, create_model, from_d_li14
+    from lambdanets.layers.lambda_layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d
+    from lambdanets.layers.loading import resize_table
+    from lambdanets.models.cost import model_cost
+    from lambdanets.models.create import create_model, list_models
+    from lambdanets.models.d_li14 import from_d_li14
+    from lambdanets.models.fuse import fuse
+    from lambdanets.models.resnet import LambdaResNet
+    from lambdanets.models.timm_layers import accelerate
+    from lambdanets.ops import lambda_op
+    from lambdanets.ops.planner import plan
+    from lambdanets.ops.problem import Problem
 
 
 def __getattr__(name: str) -> Any:
@@ -69,7 +74,7 @@ def __dir__() -> list[str]:
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Imports `lambdanets.resnet`, which registers its models, right after `timm.models`, however that gets imported.
+    """Imports `lambdanets.models.create`, which registers our models, right after `timm.models` is, whoever imports it.
 
     So `import lambdanets, timm` in either order is enough for `timm.create_model("lambda_resnet152")`.
     """
@@ -87,13 +92,13 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            importlib.import_module(f"{__name__}.resnet")
+            importlib.import_module(f"{__name__}.models.create")
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "timm.models" in sys.modules:
-    importlib.import_module(f"{__name__}.resnet")
+    importlib.import_module(f"{__name__}.models.create")
 else:
     sys.meta_path.insert(0, _AfterTimm())

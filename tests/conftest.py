@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,12 @@ class Children:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["lambdanets.train", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+            [
+                "lambdanets.classification.train",
+                "torch.distributed",
+                "matplotlib.figure",
+                "matplotlib.backends.backend_agg",
+            ]
         )
         self.started = []
 
@@ -180,3 +186,18 @@ def shared_colours(tmp_path_factory):
 def colours(shared_colours, tmp_path):
     """A fresh folder of 24 training and 9 held-out images in 3 classes; a test may break it."""
     return shutil.copytree(shared_colours, tmp_path / "colours")
+
+
+def labelled(recipe, classes, seed=0):
+    """The task of learning that many classes, without images: for a learner that is handed batches."""
+    from lambdanets.classification.task import Classification
+
+    task = Classification(recipe, None, workers=0, seed=seed)
+    task._train_images = SimpleNamespace(classes=tuple(map(str, range(classes))))
+    return task
+
+
+def batch(images, labels):
+    from lambdanets.data.batches import Batch
+
+    return Batch(images, labels, list(range(len(labels))))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from conftest import batch, labelled
 from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -19,13 +20,15 @@ from torch import nn
 
 import lambdanets
 from benchmarks import figure, model, op, peers, public, rates, timm_train
-from lambdanets import optim
-from lambdanets.batches import Batches
-from lambdanets.data import folder
-from lambdanets.distributed import Ranks
-from lambdanets.learner import Learner
-from lambdanets.ops import Problem, relative_embeddings, strategies
-from lambdanets.transforms import View
+from lambdanets.data.batches import Batches
+from lambdanets.data.folders import folder
+from lambdanets.data.transforms import View
+from lambdanets.ops import planner, strategies
+from lambdanets.ops.problem import Problem
+from lambdanets.ops.reference import relative_embeddings
+from lambdanets.training import optim
+from lambdanets.training.distributed import Ranks
+from lambdanets.training.learner import Learner
 
 SMALL = {"lambda_resnet_tiny": 32, "test_efficientnet": 64}
 
@@ -398,17 +401,20 @@ def test_some_of_the_shapes_can_be_asked_for(monkeypatch, capsys):
 
 def test_the_fit_finds_the_rates_that_made_the_times(monkeypatch):
     key = ("cpu", False, False)
-    machine = strategies._rates((1e11, 3e10, 2e11, 5e10, 1e6), (2e10, 1e10, 3e10, 1e10, 1e9), 4.0, 1e-4)
+    machine = strategies.Rates(
+        lambdas=strategies.Rate(1e11, 2e10), scores=strategies.Rate(3e10, 1e10), conv=strategies.Rate(2e11, 3e10),
+        fourier=strategies.Rate(5e10, 1e10), far=4.0, block_s=1e-4,
+    )  # fmt: skip
     problems = [rates.problem(shape, torch.float32, False, "cpu") for shape in rates.SHAPES]
     with rates.with_rates(key, machine):
-        priced = [[strategies._price(p, name, None) for name in strategies.STRATEGIES] for p in problems]
+        priced = [[planner._price(p, name, None) for name in strategies.STRATEGIES] for p in problems]
     times = [{c.strategy: c.seconds for c in costs if c.why_not is None} for costs in priced]
     group = list(zip(problems, times, strict=True))
-    assert max(rates.choices(key, strategies._RATES[key], group)) > 1.5
+    assert max(rates.choices(key, strategies.RATES[key], group)) > 1.5
     found = rates.fit(key, group)
     assert max(rates.choices(key, found, group)) < 1.05
     for order in ("lambdas", "scores", "conv"):
-        assert found.macs[order] == pytest.approx(machine.macs[order], rel=0.2)
+        assert found.of(order).macs == pytest.approx(machine.of(order).macs, rel=0.2)
 
 
 def test_rates_are_measured_kept_and_fitted_again_from_the_file(monkeypatch, tmp_path, capsys):
@@ -545,7 +551,7 @@ def test_timms_script_and_ours_start_from_the_same_weights_and_make_the_same_ste
     torch.manual_seed(5)
     cpu = torch.device("cpu")
     learner = Learner(
-        replace(of, precision="float64"), cfg.num_classes, batch_images=4, seed=5, device=cpu,
+        replace(of, precision="float64"), labelled(of, cfg.num_classes), batch_images=4, seed=5, device=cpu,
         ranks=Ranks.alone(),
     )  # fmt: skip
     learner.parallelise()
@@ -562,7 +568,7 @@ def test_timms_script_and_ours_start_from_the_same_weights_and_make_the_same_ste
     net.train()
     for step in range(3):
         images, labels = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 9, 3])
-        found = learner.gradients(images, labels, step)
+        found = learner.gradients(batch(images, labels), step)
         learner.apply(step, 0.05, found.norm)
         for group in optimizer.param_groups:
             group["lr"] = 0.05

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,95 +13,61 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lambdanets"
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
 
-# Who may import whom: a module imports only from rooms to its left, or from its own.
-ROOMS = [
-    {"errors", "files", "untouched"},
-    {"ops.reference", "ops.content", "ops.blocks", "ops.fused_kernels"},
-    {"ops.eager", "ops.fused"},
-    {"ops.convolution"},
-    {"ops.fourier"},
-    {"ops.strategies"},
-    {"ops.tune"},
-    {"ops.lambda_op"},
-    {"ops.__init__"},
-    {"projections"},
-    {"layer"},
-    {"resnet"},
-    {"cost", "weights"},
-    {"inference"},
-    {"recipes.__init__", "recipes.digits", "recipes.folder", "recipes.imagenet"},
-    {"optim", "state"},
-    {"run_lock"},
-    {"steps"},
-    {"order"},
-    {"decode"},
-    {"listing"},
-    {"data", "archive", "manifest", "shards"},  # data.folder opens a folder of shards
-    {"journal", "transforms"},
-    {"pack", "batches", "distributed", "watchdog"},
-    {"evaluate"},
-    {"record", "report"},
-    {"checkpoint"},
-    {"page", "log", "learner"},
-    {"results", "start"},
-    {"train"},
-    {"demo"},
-    {"cli"},
-    {"__main__"},
-]
-# These know nothing of the operation or the models.
-FREE_OF_MODELS = {
-    "decode",
-    "listing",
-    "order",
-    "data",
-    "archive",
-    "manifest",
-    "shards",
-    "journal",
-    "pack",
-    "transforms",
-    "batches",
-    "optim",
-    "evaluate",
-    "report",
-    "page",
+# Who may import whom, folder by folder; a folder's files may import one another, but in no circle.
+ARROWS = {
+    "errors": "",
+    "files": "",
+    "untouched": "",
+    "ops": "",
+    "recipes": "errors",
+    "layers": "ops errors untouched",
+    "models": "layers ops errors untouched",
+    "data": "errors files",
+    "runs": "recipes errors files",
+    "training": "runs recipes data.order errors files untouched",
+    "classification": "training models runs data recipes errors files",
+    "commands": "classification training models runs data recipes errors files",
+    "cli": "commands errors",
+    "__main__": "cli",
 }
-FREE_OF_MODELS |= {"recipes.__init__"}
 
 
 def imports(name: str) -> set[str]:
-    """Modules of ours that a file imports, at the top or inside functions; the lazy names of __init__ not counted."""
+    """Modules of ours that a file imports, at its top, inside functions and for types alone."""
     tree, package = ast.parse(MODULES[name].read_text()), ["lambdanets", *name.split(".")[:-1]]
     found = set()
-    for node in list(ast.walk(tree)):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []  # types are no arrows
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             path = [*base, *(node.module or "").split(".")] if node.module else base
+            if path == ["lambdanets"] and [a.name for a in node.names] == ["__version__"]:
+                continue
             if path[:1] == ["lambdanets"]:
                 named = {".".join([*path[1:], a.name]) for a in node.names} & set(MODULES)
                 whole = ".".join(path[1:])
                 found |= named or {m for m in (whole, f"{whole}.__init__") if m in MODULES}
+        elif isinstance(node, ast.Import):
+            names = [a.name.removeprefix("lambdanets.") for a in node.names if a.name.startswith("lambdanets")]
+            found |= {m for n in names for m in (n, f"{n}.__init__") if m in MODULES}
     return found - {name}
 
 
-def test_every_module_imports_only_from_the_rooms_before_it() -> None:
-    room = {m: i for i, names in enumerate(ROOMS) for m in names}
-    assert set(MODULES) - {"__init__"} <= set(room)
+def test_a_folder_imports_only_what_lies_below_it() -> None:
     for name in MODULES:
-        if name != "__init__":
-            late = {m for m in imports(name) if room[m] > room[name]}
-            assert not late, f"{name} imports {late}"
+        room = name.split(".")[0]
+        if name == "__init__":  # it has the public names of all
+            continue
+        allowed = {room, *ARROWS[room].split()}
+        wrong = {m for m in imports(name) if not {m, m.split(".")[0]} & allowed}
+        assert not wrong, f"{name} imports {wrong}: {room} may import {ARROWS[room] or 'nothing of ours'}"
 
 
-def test_data_and_recipes_know_nothing_of_the_models() -> None:
-    models = {m for names in ROOMS[1:9] for m in names}
-    for name in FREE_OF_MODELS & set(MODULES):
-        assert not imports(name) & models, name
-    assert {"layer", "ops.__init__"} & imports("resnet") == {"layer"}  # the models know the layer, not its strategies
+def test_no_file_imports_one_that_imports_it() -> None:
+    left = {name: imports(name) - {"__init__"} for name in MODULES if not name.endswith("__init__")}
+    while free := [name for name, of in left.items() if not of & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
 
 
 def test_no_file_is_a_drawer_for_everything_or_longer_than_500_lines() -> None:
@@ -109,7 +76,7 @@ def test_no_file_is_a_drawer_for_everything_or_longer_than_500_lines() -> None:
         assert len(path.read_text().splitlines()) <= 500, f"{name} is long: split it by what a reader looks for"
 
 
-def test_r90_nothing_unpickles_evaluates_or_calls_a_shell() -> None:
+def test_nothing_unpickles_evaluates_or_calls_a_shell() -> None:
     unsafe = re.compile(
         r"pickle\.load|weights_only\s*=\s*False|yaml\.load\(|\beval\(|shell\s*=\s*True|(?<!safetensors\.)torch\.load\(|except:"
     )
@@ -148,18 +115,40 @@ def test_every_public_name_is_there_and_an_unknown_one_says_what_is() -> None:
 
 
 README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
-def test_the_python_blocks_of_the_readme_run_in_order() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert blocks
-    python("\n".join(blocks))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run_in_order(page: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks or page.name != "README.md"
+    if blocks:
+        python("\n".join(blocks))
 
 
-def test_the_readme_names_every_file_and_no_other() -> None:
-    listed = set(re.findall(r"^\| `(lambdanets/[\w/]+\.py)` \|", README, flags=re.MULTILINE))
-    skip = {"__init__", "__main__", "ops.__init__"}
-    assert listed == {f"lambdanets/{p.relative_to(PACKAGE).as_posix()}" for m, p in MODULES.items() if m not in skip}
+def test_every_command_on_a_page_is_understood_and_every_link_leads_somewhere(monkeypatch) -> None:
+    from lambdanets import cli
+
+    found = 0
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", "", page.read_text())  # a command may go over several lines
+        for line in re.findall(r"^    (?:.* -m )?(lambdanets (?!\.).*)$", text, flags=re.MULTILINE):
+            words = shlex.split(line.partition("  #")[0])[1:]
+            if any(word in ("|", ">", "...", "&&") for word in words):
+                continue
+            found += 1
+            cli._parser().parse_args(words)
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    assert found >= 15
+
+
+def test_the_readme_names_every_folder_and_contributing_every_file() -> None:
+    folders = {name.split(".")[0] for name in MODULES if "." in name}
+    assert set(re.findall(r"^\| `lambdanets/(\w+)/` \|", README, flags=re.MULTILINE)) == folders
+    listed = set(re.findall(r"\b([\w/]+\.py)\b", (ROOT / "CONTRIBUTING.md").read_text()))
+    files = {p.relative_to(PACKAGE).as_posix() for m, p in MODULES.items() if not m.endswith("__init__")}
+    assert files <= listed, files - listed
 
 
 def test_every_dependency_and_extra_has_its_reason_in_the_readme() -> None:
@@ -172,7 +161,7 @@ def test_every_dependency_and_extra_has_its_reason_in_the_readme() -> None:
         assert re.search(rf"^\| .*`{name}`.* \|", README, flags=re.MULTILINE | re.IGNORECASE), name
 
 
-def test_R97_what_is_installed_is_pinned_and_older_versions_with_known_holes_are_refused() -> None:
+def test_what_is_installed_is_pinned_and_older_versions_with_known_holes_are_refused() -> None:
     import tomllib
 
     def numbers(version: str) -> tuple[int, ...]:
@@ -193,5 +182,6 @@ def test_R97_what_is_installed_is_pinned_and_older_versions_with_known_holes_are
 
 
 def test_every_quoted_result_file_exists() -> None:
-    for path in re.findall(r"benchmarks/results/[\w.-]+\.json", README):
-        assert (ROOT / path).is_file(), path
+    for page in PAGES:
+        for path in re.findall(r"benchmarks/results/[\w.-]+\.json", page.read_text()):
+            assert (ROOT / path).is_file(), path

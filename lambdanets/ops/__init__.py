@@ -1,9 +1,11 @@
 """The lambda operation: the definition (`reference`), the exact orders (`eager`, `fused`), what they cost
 (`strategies`), and the door (`lambda_op`)."""
 
-from .lambda_op import lambda_op
-from .reference import lambda_reference, relative_embeddings
-from .strategies import STRATEGIES, Cost, Plan, Problem, Strategy, plan
+from lambdanets.ops.lambda_op import lambda_op
+from lambdanets.ops.planner import Plan, plan
+from lambdanets.ops.problem import Cost, Problem
+from lambdanets.ops.reference import lambda_reference, relative_embeddings
+from lambdanets.ops.strategies import STRATEGIES, Strategy
 
 __all__ = [
     "STRATEGIES",

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .content import normalise
+from lambdanets.ops.content import normalise
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) an axis
 
@@ -65,7 +65,7 @@ def _seen(box: Box, context_grid: Sequence[int], reach: Sequence[int]) -> Box:
     return tuple(along(*ends, size, half) for ends, size, half in zip(box, context_grid, reach, strict=True))
 
 
-def place(box: Box, grid: Sequence[int]) -> tuple[int, int]:
+def positions_of(box: Box, grid: Sequence[int]) -> tuple[int, int]:
     """(start, stop) of a block among the queries."""
     start = 0
     for (first, _), side in zip(box, grid, strict=True):
@@ -77,7 +77,7 @@ def _points(box: Box) -> int:
     return math.prod([stop - start for start, stop in box])
 
 
-def cut(x: Tensor, spec: Spec, seen: Box, axis: int) -> Tensor:
+def seen_part(x: Tensor, spec: Spec, seen: Box, axis: int) -> Tensor:
     """The part of an axis M = (u, reversed context) that a box of queries reaches."""
     if spec.source != "table" or all(part == (0, size) for part, size in zip(seen, spec.context_grid, strict=True)):
         return x
@@ -205,7 +205,7 @@ def block_mask(
     """The block's rows of the mask, spread over u: (1 or b, block, 1, M)."""
     if mask is None or spec.source == "keys":  # there the normalisation has applied it already
         return None
-    part = cut(mask[:, lo:hi, None], spec, seen, 3)
+    part = seen_part(mask[:, lo:hi, None], spec, seen, 3)
     u = M // max(1, part.shape[3])  # a block may reach no context
     part = part.repeat(1, 1, 1, u) if spec.source == "table" else part.repeat_interleave(u, 3)
     return part.to(dtype)

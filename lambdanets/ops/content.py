@@ -1,6 +1,6 @@
 """The content part where it is one lambda an example, q·(K̄ᵀV), or a running sum of them; keys over what is visible.
 
-Where each query sees a context of its own, it is `eager.content_masked`.
+Where each query sees a context of its own, it is `blockwise.content_masked`.
 """
 
 import torch

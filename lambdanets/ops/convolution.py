@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import Position, applied, sizes
+from lambdanets.ops.problem import Position, Problem, applied, ends, itemsize_of, reachable_offsets, sizes
 
 BLOCK_BYTES = 8 << 20  # of λ at a time, one example at least: more leaves the cache, and malloc gives it back each time
 _TILE = 4  # pixels a side: 16 channels, a vector of float32
@@ -56,15 +56,9 @@ def kernel_of(p: Position) -> Tensor:
     assert p.table is not None
     d = len(p.grid)
     kernel = p.table.permute(d, d + 1, *range(d))
-    for axis, side in enumerate(cut(sizes(kernel)[2:], p.grid), start=2):
+    for axis, side in enumerate(reachable_offsets(sizes(kernel)[2:], p.grid), start=2):
         kernel = kernel.narrow(axis, (sizes(kernel)[axis] - side) // 2, side)
     return kernel
-
-
-def cut(table: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Sides of a table without the offsets that no pair of positions has."""
-    # No min: to a compiler the sides of the kernel would depend on those of the map.
-    return tuple(r if r < 2 * s else 2 * s - 1 for r, s in zip(table, grid, strict=True))
 
 
 def examples(b: int, bytes_each: int) -> int:
@@ -119,7 +113,7 @@ class _Convolution(torch.autograd.Function):
                     dq = torch.matmul(dy, lam)
                 else:  # one example at a time nothing is copied
                     dq = torch.stack([torch.bmm(*pair) for pair in zip(dy, lam, strict=True)])
-                if lam_c is not None:  # eager.content_grad's einsum takes 3 to 8% of a step longer at 56²
+                if lam_c is not None:  # blockwise.content_grad's einsum takes 3 to 8% of a step longer at 56²
                     dq = dq + torch.bmm(dy_rows, lam_c[block].mT).view(s, n, h, k)
                 grads_q.append(dq)
             if lam_c is not None and needs_content:
@@ -266,3 +260,20 @@ def _library(grad: Tensor, image: Tensor, kernel: Tensor, dilation: list[int], p
     backward = torch.ops.aten.convolution_backward
     only = [False, True, False]
     return backward(grad, image, kernel, None, [1, 1], padding, dilation, False, [0, 0], 1, only)[1]
+
+
+def cost(p: Problem, block: int) -> tuple[int, int, int]:
+    macs = p.b * p.n * p.window * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    lam = p.n * p.k * p.v
+    at_once = examples(p.b, lam * itemsize_of(p)) if p.device == "cpu" and len(p.grid or ()) == 2 else p.b
+    return macs, (4 * p.b * lam + ends(p)) * itemsize_of(p), at_once * lam * itemsize_of(p)
+
+
+def why_not(p: Problem) -> str | None:
+    if p.table is None:
+        return "it needs a relative table on a grid, and got " + ("embeddings" if p.embeddings else "no positions")
+    if p.grid != p.context_grid:
+        return f"the query grid {p.grid} and the context grid {p.context_grid} differ"
+    if p.mask is not None:
+        return "a mask by query cannot be written as one kernel"
+    return None

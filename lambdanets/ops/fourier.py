@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import convolution
-from .eager import Position, applied, exporting, sizes
+from lambdanets.ops import convolution
+from lambdanets.ops.problem import Position, Problem, applied, ends, exporting, reachable_offsets, sizes
 
 ROWS = 4  # of the map at a time: T has rows + r - 1 columns for r that are used, and each block is a call
 
@@ -55,7 +55,7 @@ class Frame(NamedTuple):
 
 def frame(k: int, u: int, grid: tuple[int, ...], table: tuple[int, ...], itemsize: int) -> Frame:
     """The cheapest on a grid (H, W)."""
-    (H, W), (r_y, r_x) = grid, convolution.cut(table, grid)
+    (H, W), (r_y, r_x) = grid, reachable_offsets(table, grid)
     half, reach = r_x // 2, min(H, ROWS + r_y - 1)
     tiles, width, read, N = 1, W, W, W + half
     for pieces in range(2, W // max(8, half) + 1):
@@ -69,7 +69,7 @@ def frame(k: int, u: int, grid: tuple[int, ...], table: tuple[int, ...], itemsiz
     return Frame(rows, tiles, width, read, 0 if tiles == 1 else -half, N)
 
 
-def blocks(H: int, r_y: int, rows: int) -> list[tuple[int, int, int, int]]:
+def row_blocks(H: int, r_y: int, rows: int) -> list[tuple[int, int, int, int]]:
     """Blocks of rows: the first and the one after the last, then the same of the rows of V that they read."""
     half = r_y // 2
     own = [(first, min(H, first + rows)) for first in range(0, H, rows)]
@@ -209,7 +209,7 @@ class _Matrices:
         self.T = both.new_zeros(both.shape[0], 2, f.rows, self.k, f.rows + self.r_y - 1, self.u, 2)
         for i in range(f.rows):
             self.T[:, :, i, :, i : i + self.r_y] = both
-        self.blocks = [self._block(*ends) for ends in blocks(H, self.r_y, f.rows)]
+        self.blocks = [self._block(*ends) for ends in row_blocks(H, self.r_y, f.rows)]
 
     def _block(self, first: int, last: int, start: int, stop: int) -> _Block:
         half, rows = self.r_y // 2, last - first
@@ -352,3 +352,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _fourier_op.register_autograd(_backward, setup_context=_Fourier.setup_context)
+
+
+def cost(p: Problem, block: int) -> tuple[int, int, int]:
+    if p.table is None or p.grid is None or len(p.grid) != 2:
+        return 0, 0, 0
+    size = max(4, p.dtype.itemsize)  # 16 bits are computed in float32
+    (H, _), (r_y, r_x) = p.grid, reachable_offsets(p.table, p.grid)
+    f = frame(p.k, p.u, p.grid, p.table, size)
+    # Of rows: a block's own and those that it reads.
+    pairs = sum((last - first) * (stop - start) for first, last, start, stop in row_blocks(H, r_y, f.rows))
+    columns, lam = p.b * f.tiles * p.v, H * f.width * p.k  # λ's, for each of the columns
+    macs = columns * f.numbers * (H * f.read * p.u + 2 * pairs * p.k * p.u + H * f.width * p.k)
+    macs += p.k * p.u * r_y * r_x * f.numbers + columns * H * f.width * p.h * p.k
+    toeplitz = 2 * f.numbers * f.rows * p.k * (f.rows + r_y - 1) * p.u
+    X, Z = H * p.u * f.numbers, f.numbers * p.k  # for each of the columns; of one row
+    moved = 2 * columns * (2 * X + H * Z + 2 * lam) + toeplitz * (2 + H // f.rows)
+    at_once = convolution.examples(p.b * f.tiles, f.rows * f.width * p.k * p.v * size) * p.v
+    return macs, moved * size + ends(p) * p.dtype.itemsize, max(toeplitz, at_once * max(X, f.rows * Z)) * size
+
+
+def why_not(p: Problem) -> str | None:
+    if p.table is not None and len(p.grid or ()) != 2:
+        return f"it transforms the rows of a map (H, W), and got the grid {p.grid}"
+    return convolution.why_not(p)

@@ -22,15 +22,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .eager import autocast_dtype
-
-if TYPE_CHECKING:
-    from .strategies import Problem
+from lambdanets.ops.problem import Position, Problem, autocast_dtype, ends
 
 _TRITON = find_spec("triton") is not None
 _EMULATED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, so it must be set from the start
@@ -103,8 +100,16 @@ def _pow2(x: int, least: int = 1) -> int:
     return max(least, 1 << (x - 1).bit_length())
 
 
+class Strips(NamedTuple):
+    """A map cut into strips of columns, each strip into tiles of positions, row by row."""
+
+    columns: int  # of a strip
+    tiles_each: int
+    tiles: int
+
+
 @lru_cache(maxsize=1024)
-def _strips(height: int, width: int, ry: int, rx: int, positions: int) -> dict[str, int]:
+def _strips(height: int, width: int, ry: int, rx: int, positions: int) -> Strips:
     """Cut the map into strips of columns, and these row by row into tiles, so that the boxes they see are smallest:
     whole rows where all is visible, near squares where the window is small."""
 
@@ -118,29 +123,54 @@ def _strips(height: int, width: int, ry: int, rx: int, positions: int) -> dict[s
 
     strip = min([width, *[s for s in (2, 4, 8, 16, 32, 64, 128) if s < width]], key=cost)
     per_strip = _ceil(height * strip, positions)
-    return {"strip": strip, "per_strip": per_strip, "tiles": per_strip * _ceil(width, strip)}
+    return Strips(strip, per_strip, per_strip * _ceil(width, strip))
+
+
+class Shifts(NamedTuple):
+    """The offsets from a row of N queries to a box of Y x X contexts, in down x across tiles from (low_y, low_x) on."""
+
+    N: int
+    Y: int
+    X: int
+    low_y: int
+    low_x: int
+    down: int
+    across: int
 
 
 @lru_cache(maxsize=1024)
-def _shifts(height: int, width: int, ry: int, rx: int, h: int, K: int, pairs: int) -> dict[str, int]:
-    """Cut the offsets from a row of N queries to a box of Y x X contexts into down x across tiles, the first at (low_y,
-    low_x): the cut whose tiles meet the map least often."""
+def _shifts(height: int, width: int, ry: int, rx: int, h: int, K: int, pairs: int) -> Shifts:
+    """The cut whose tiles meet the map least often."""
 
-    def cut(N: int, X: int) -> tuple[int, dict[str, int]]:
+    def cut(N: int, X: int) -> tuple[int, Shifts]:
         Y, rows = pairs // (N * K) // X, _ceil(width, N)
         low_y, low_x = -min(ry // 2, height - 1), -min(rx // 2, (rows - 1) * N)
         down = range(low_y, min(ry // 2, height - 1) + 1, Y)
         across = range(low_x, min(rx // 2 + N - 1, width - 1) + 1, X)
         met = sum(min(height, height - s) - max(0, 1 - s - Y) for s in down)
         met *= sum(min(rows, (width - 1 - s) // N + 1) - max(0, N - s - X) // N for s in across)
-        return met * N * Y * X, {
-            "N": N, "Y": Y, "X": X, "low_y": low_y, "low_x": low_x, "down": len(down), "across": len(across)
-        }  # fmt: skip
+        return met * N * Y * X, Shifts(N, Y, X, low_y, low_x, len(down), len(across))
 
     # Wide enough for the tensor cores, and no more rows of heads than registers hold.
     rows = [N for N in (1, 2, 4, 8, 16) if 64 <= N * K <= 256 and N * _pow2(h) <= 128]
     cuts = [cut(N, X) for N in rows for X in (8, 16, 32, 64, 128) if pairs >= X * N * K]
     return min(cuts, key=lambda c: c[0])[1]
+
+
+class Split(NamedTuple):
+    """Examples x values in tiles of B x V; `parts` cover (b, v)."""
+
+    B: int
+    V: int
+    parts: int
+
+
+class Groups(NamedTuple):
+    """N queries in G groups, each one product q·dy of depth N/G·H >= 16."""
+
+    N: int
+    H: int
+    G: int
 
 
 class Sizes(NamedTuple):
@@ -163,31 +193,28 @@ class Sizes(NamedTuple):
     def K(self) -> int:
         return _pow2(self.k, 16)
 
-    def split(self, columns: int) -> dict[str, int]:
-        """B examples x V values of a tile, and how many parts cover (b, v)."""
+    def split(self, columns: int) -> Split:
         V = min(columns, _pow2(self.v, 16))
         B = min(columns // V, _pow2(self.b))
-        return {"B": B, "V": V, "parts": _ceil(self.b, B) * _ceil(self.v, V)}
+        return Split(B, V, _ceil(self.b, B) * _ceil(self.v, V))
 
-    def groups(self, N: int) -> dict[str, int]:
-        """N queries in G groups, each one product q·dy of depth N/G·H >= 16."""
+    def groups(self, N: int) -> Groups:
         together = min(N, max(1, 16 // _pow2(self.h)))
-        return {"N": N, "H": _pow2(self.h, 16 // together), "G": N // together}
+        return Groups(N, _pow2(self.h, 16 // together), N // together)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def _launch(name: str, programs: int, s: Sizes, **given: Any) -> None:
-    """Run a kernel on contiguous tensors: what it names it takes from `given`, else from `s`."""
-    from . import fused_kernels  # only here is Triton imported
+def _launch(name: str, programs: int, launched: Tiles, **arguments: Any) -> None:
+    """Run a kernel; its tensors are made contiguous."""
+    from lambdanets.ops import fused_kernels  # only here is Triton imported
 
-    kernel = getattr(fused_kernels, name)
-    named = {x: given[x] if x in given else getattr(s, x) for x in kernel.arg_names}
-    named = {x: a.contiguous() if isinstance(a, Tensor) else a for x, a in named.items()}
-    options = {"num_warps": s.tiles.warps, "num_stages": s.tiles.stages, "enable_fp_fusion": True}
-    with torch.cuda.device(given["out"].device) if given["out"].is_cuda else nullcontext():
-        kernel[(programs,)](**named, **options)
+    arguments = {x: a.contiguous() if isinstance(a, Tensor) else a for x, a in arguments.items()}
+    options = {"num_warps": launched.warps, "num_stages": launched.stages, "enable_fp_fusion": True}
+    out = arguments["out"]
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        getattr(fused_kernels, name)[(programs,)](**arguments, **options)
 
 
 def _sizes(x: Tensor, hkvu: Sequence[int], grid: Sequence[int], table: Sequence[int]) -> Sizes:
@@ -203,9 +230,13 @@ def _lambda(s: Sizes, given: Tensor, values: Tensor, table: Tensor, lam_c: Tenso
     N, part = max(1, s.tiles.rows // s.K), s.split(s.tiles.columns)
     cut = _strips(s.height, s.width, s.ry, s.rx, N)
     _launch(
-        "lambda_kernel", cut["tiles"] * part["parts"], s, **cut, **part, N=N, M=s.tiles.contexts, given=given, out=out,
-        values=values.movedim(3, 1), table=table.movedim(-1, 0), lam_c=given if lam_c is None else lam_c.float(),
-        CONTENT=lam_c is not None, GRADIENT=out.dim() == 5,
+        "lambda_kernel", cut.tiles * part.parts, s.tiles,
+        given=given, values=values.movedim(3, 1), table=table.movedim(-1, 0),
+        lam_c=given if lam_c is None else lam_c.float(), out=out,
+        b=s.b, n=s.n, u=s.u, height=s.height, width=s.width, ry=s.ry, rx=s.rx,
+        strip=cut.columns, per_strip=cut.tiles_each, tiles=cut.tiles,
+        h=s.h, k=s.k, v=s.v, B=part.B, V=part.V, N=N, M=s.tiles.contexts, K=s.K,
+        CONTENT=lam_c is not None, GRADIENT=out.dim() == 5, precision=s.precision,
     )  # fmt: skip
 
 
@@ -219,7 +250,7 @@ def _fused(q: Tensor, values: Tensor, table: Tensor, lam_c: Tensor | None, grid:
 @torch.library.custom_op("lambdanets::fused_dq", mutates_args=())
 def _fused_dq(values: Tensor, table: Tensor, lam_c: Tensor | None, dy: Tensor, grid: Sequence[int]) -> Tensor:
     s = _sizes(dy, (dy.shape[2], table.shape[-2], *values.shape[2:]), grid, table.shape)
-    chunks = _ceil(s.v, s.split(s.tiles.columns)["V"])
+    chunks = _ceil(s.v, s.split(s.tiles.columns).V)
     out = dy.new_empty(chunks, *dy.shape[:3], s.k, dtype=dy.dtype if chunks == 1 else torch.float32)
     _lambda(s, dy, values, table, lam_c, out)
     return out.view(out.shape[1:]) if chunks == 1 else out.sum(0).to(dy.dtype)
@@ -230,13 +261,16 @@ def _fused_dvalues(q: Tensor, table: Tensor, dy: Tensor, grid: Sequence[int]) ->
     s = _sizes(q, (*q.shape[2:], dy.shape[3], table.shape[-1]), grid, table.shape)
     group, part = s.groups(max(1, s.tiles.queries // s.K)), s.split(s.tiles.columns)
     M = min(s.tiles.positions, _pow2(s.n, 64))
-    while M > 64 and 2 * _ceil(s.n, M) * part["parts"] * s.u <= _PROGRAMS:
+    while M > 64 and 2 * _ceil(s.n, M) * part.parts * s.u <= _PROGRAMS:
         M //= 2  # a smaller tile does its dλ for fewer contexts, but else multiprocessors would be idle
     cut = _strips(s.height, s.width, s.ry, s.rx, M)
     out = q.new_empty(s.b, s.u, s.n, s.v)
     _launch(
-        "values_kernel", cut["tiles"] * part["parts"] * s.u, s, **cut, **part, **group, M=M,
+        "values_kernel", cut.tiles * part.parts * s.u, s.tiles,
         q=q, table=table.movedim(-1, 0), dy=dy, out=out,
+        b=s.b, n=s.n, u=s.u, height=s.height, width=s.width, ry=s.ry, rx=s.rx,
+        strip=cut.columns, per_strip=cut.tiles_each, tiles=cut.tiles, parts=part.parts,
+        h=s.h, k=s.k, v=s.v, B=part.B, V=part.V, M=M, N=group.N, K=s.K, H=group.H, G=group.G, precision=s.precision,
     )  # fmt: skip
     return out.movedim(1, 3).contiguous()
 
@@ -245,22 +279,35 @@ def _fused_dvalues(q: Tensor, table: Tensor, dy: Tensor, grid: Sequence[int]) ->
 def _fused_dtable(q: Tensor, values: Tensor, dy: Tensor, grid: Sequence[int], table: Sequence[int]) -> Tensor:
     s = _sizes(q, (*q.shape[2:], *values.shape[2:]), grid, table)
     cut, part = _shifts(s.height, s.width, s.ry, s.rx, s.h, s.K, s.tiles.pairs), s.split(s.tiles.depth)
-    tall, wide, N = cut["down"] * cut["Y"], cut["across"] * cut["X"], cut["N"]
-    shifts = cut["down"] * cut["across"] * s.u
-    splits = max(1, min(_PROGRAMS // shifts, s.height * _ceil(s.width, N) * part["parts"]))
-    sums = q.new_empty(splits, s.u, tall, wide, N * s.K, dtype=torch.float32)
+    group, tall, wide = s.groups(cut.N), cut.down * cut.Y, cut.across * cut.X
+    shifts = cut.down * cut.across * s.u
+    splits = max(1, min(_PROGRAMS // shifts, s.height * _ceil(s.width, cut.N) * part.parts))
+    sums = q.new_empty(splits, s.u, tall, wide, cut.N * s.K, dtype=torch.float32)
     out = q.new_empty(s.u, *table, s.k)
-    cut = {**cut, **s.groups(N), "splits": splits}
-    _launch("table_kernel", splits * shifts, s, **cut, **part, q=q, values=values.movedim(3, 1), dy=dy, out=sums)
-    _launch("fold_kernel", _ceil(s.u * s.ry * s.rx, 16), s, **cut, sums=sums, out=out, tall=tall, wide=wide, M=16)
+    _launch(
+        "table_kernel", splits * shifts, s.tiles,
+        q=q, values=values.movedim(3, 1), dy=dy, out=sums,
+        b=s.b, n=s.n, u=s.u, height=s.height, width=s.width, low_y=cut.low_y, low_x=cut.low_x,
+        down=cut.down, across=cut.across, splits=splits, parts=part.parts,
+        h=s.h, k=s.k, v=s.v, B=part.B, V=part.V, N=cut.N, Y=cut.Y, X=cut.X, K=s.K, H=group.H, G=group.G,
+        precision=s.precision,
+    )  # fmt: skip
+    _launch(
+        "fold_kernel", _ceil(s.u * s.ry * s.rx, 16), s.tiles,
+        sums=sums, out=out, u=s.u, ry=s.ry, rx=s.rx, low_y=cut.low_y, low_x=cut.low_x, tall=tall, wide=wide,
+        splits=splits, k=s.k, N=cut.N, K=s.K, M=16,
+    )  # fmt: skip
     return out.movedim(0, -1).contiguous()
 
 
 @torch.library.custom_op("lambdanets::fused_dcontent", mutates_args=())
 def _fused_dcontent(q: Tensor, dy: Tensor) -> Tensor:
     s = _sizes(q, (*q.shape[2:], dy.shape[3], 1), (q.shape[1],), (1,))
-    V, out = s.split(s.tiles.columns)["V"], q.new_empty(s.b, s.k, s.v, dtype=torch.float32)
-    _launch("content_kernel", s.b * _ceil(s.v, V), s, q=q, dy=dy, out=out, V=V, M=2 * s.tiles.contexts)
+    V, out = s.split(s.tiles.columns).V, q.new_empty(s.b, s.k, s.v, dtype=torch.float32)
+    _launch(
+        "content_kernel", s.b * _ceil(s.v, V), s.tiles,
+        q=q, dy=dy, out=out, n=s.n, h=s.h, k=s.k, v=s.v, V=V, K=s.K, M=2 * s.tiles.contexts, precision=s.precision,
+    )  # fmt: skip
     return out
 
 
@@ -312,3 +359,13 @@ def fused(q: Tensor, values: Tensor, table: Tensor, lam_c: Tensor | None, grid: 
     if dtype is not None:
         q, values, table = q.to(dtype), values.to(dtype), table.to(dtype)
     return _fused(q, values, table, lam_c, list(grid))
+
+
+def run(p: Position, block: int) -> Tensor:
+    assert p.table is not None
+    return fused(p.q, p.values, p.table, p.lam_c, p.grid)
+
+
+def cost(p: Problem, block: int) -> tuple[int, int, int]:
+    macs = p.b * p.n * p.window * p.k * p.v * p.u + p.b * p.n * p.h * p.k * p.v
+    return macs, ends(p) * p.dtype.itemsize, 0

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import content, eager
-from .strategies import BLOCK_BYTES, STRATEGIES, Cost, Problem, choose
-from .tune import tuned
+from lambdanets.ops import blockwise, content
+from lambdanets.ops.planner import BLOCK_BYTES, choose_order
+from lambdanets.ops.problem import Cost, Position, Problem, autocast_dtype, sizes
+from lambdanets.ops.strategies import STRATEGIES
+from lambdanets.ops.tune import tuned
 
 KEY_NORMS = ("softmax", "l2", "none")
 
@@ -71,7 +73,7 @@ def lambda_op(
     >>> torch.allclose(y, same, atol=1e-4)
     True
     """
-    device, autocast = q.device.type, eager.autocast_dtype(q)
+    device, autocast = q.device.type, autocast_dtype(q)
     if autocast is not None:
         q, values = q.to(autocast), values.to(autocast)
         keys, table, embeddings = (None if t is None else t.to(autocast) for t in (keys, table, embeddings))
@@ -81,7 +83,7 @@ def lambda_op(
     if strategy == "tuned":
         graph = torch.compiler.is_compiling() or device == "meta"
         strategy = "auto" if graph else tuned(problem, memory_limit_bytes)
-    cost = choose(problem, strategy, memory_limit_bytes)
+    cost = choose_order(problem, strategy, memory_limit_bytes)
     result = q.dtype
     if result == torch.float16 and cost.strategy != "fused":  # a partial sum may overflow where the result does not
         q, values = q.float(), values.float()
@@ -118,7 +120,7 @@ def _evaluate(
             both = mask & _lower(p.n, mask.device) if p.causal else mask
             per_query = max(1, p.b * p.m * max(p.k, p.h) * p.u * 4)
             block = max(1, min(p.n, BLOCK_BYTES.get(p.device, 8 << 20) // per_query))
-            y = eager.content_masked(q, keys, values, key_norm, both, block)
+            y = blockwise.content_masked(q, keys, values, key_norm, both, block)
         elif p.causal:
             if padding is not None and key_norm == "softmax":  # the values are zero there: no weight can matter
                 keys = torch.where(padding[:, 0, :, None, None], keys, torch.finfo(keys.dtype).min)
@@ -132,7 +134,7 @@ def _evaluate(
         elif p.causal and embeddings is not None:
             embeddings = torch.where(_lower(p.n, q.device)[..., None, None], embeddings, 0)
         grids = p.grid or (p.n,), p.context_grid or (p.m,)
-        position = eager.Position(q, values, table, embeddings, *grids, mask, lam_c, kept)
+        position = Position(q, values, table, embeddings, *grids, mask, lam_c, kept)
         at = STRATEGIES[cost.strategy].run(position, cost.block)
         y = at if y is None else y + at
     elif lam_c is not None:
@@ -159,8 +161,8 @@ def _problem(
     for name, x, axes in (("q", q, "bnhk"), ("keys", keys, "bmku"), ("values", values, "bmvu")):
         if x is not None and x.dim() != 4:
             raise ValueError(f"{name} must be ({', '.join(axes)}), 4 axes, and has shape {tuple(x.shape)}")
-    b, n, h, k = eager.sizes(q)
-    m, v, u = eager.sizes(values)[1:]
+    b, n, h, k = sizes(q)
+    m, v, u = sizes(values)[1:]
     if values.shape[0] != b:
         raise ValueError(f"q has batch {b} and values batch {values.shape[0]}")
     if keys is not None and keys.shape != (b, m, k, u):
@@ -182,9 +184,9 @@ def _problem(
     if grid is not None:
         grid = tuple(grid)
         context_grid = grid if context_grid is None else tuple(context_grid)
-        for name, sizes, letter, count in (("grid", grid, "n", n), ("context_grid", context_grid, "m", m)):
-            if not sizes or min(sizes) < 1 or math.prod(sizes) != count:
-                raise ValueError(f"{name} {sizes} has {math.prod(sizes)} positions and {letter} is {count}")
+        for name, shape, letter, count in (("grid", grid, "n", n), ("context_grid", context_grid, "m", m)):
+            if not shape or min(shape) < 1 or math.prod(shape) != count:
+                raise ValueError(f"{name} {shape} has {math.prod(shape)} positions and {letter} is {count}")
         if len(grid) != len(context_grid) or len(grid) > 3:
             raise ValueError(f"grid {grid} and context_grid {context_grid} must have the same 1, 2 or 3 axes")
     elif context_grid is not None:
@@ -193,7 +195,7 @@ def _problem(
     if table is not None:
         if grid is None:
             raise ValueError("a relative table needs grid=(H, W), the sizes that n runs over")
-        sides = eager.sizes(table)[: len(grid)]
+        sides = sizes(table)[: len(grid)]
         if table.dim() != len(grid) + 2 or table.shape[-2:] != (k, u) or any(r % 2 == 0 for r in sides):
             raise ValueError(
                 f"table must be ({', '.join('r' for _ in grid)}, k, u) with every r odd and (k, u) = {(k, u)} for grid "

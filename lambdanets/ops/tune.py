@@ -9,8 +9,9 @@ import time
 import torch
 from torch import Tensor
 
-from .eager import Position
-from .strategies import STRATEGIES, Problem, plan, where
+from lambdanets.ops.planner import plan, where
+from lambdanets.ops.problem import Position, Problem
+from lambdanets.ops.strategies import STRATEGIES
 
 TUNED: dict[tuple[Problem, int | None, int], str] = {}  # (problem, memory limit, threads) -> strategy
 _HOPELESS = 4  # a strategy priced at this many times the best is not tried: the plan's rms error is a factor of 1.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lambdanets.recipes import Recipe
+from lambdanets.recipes.recipe import Recipe
 
 
 def digits(*, small: bool = False) -> Recipe:

@@ -1,4 +1,4 @@
-"""The paper's two ImageNet recipes (paper.md section 4), fine-tuning, and the form of each for a minute on a CPU.
+"""The paper's two ImageNet recipes (docs/paper.md section 4), fine-tuning, and the small form of each for a CPU.
 
 R in a docstring marks a value that the paper's text could not confirm: change it with `dataclasses.replace`.
 A batch of 4,096 is that of many accelerators together: on one, give `--batch-images`; the learning rate follows.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lambdanets.recipes import BadRecipe, Recipe
+from lambdanets.errors import BadRecipe
+from lambdanets.recipes.recipe import Recipe
 
 # Depth -> stochastic depth (R). The paper names 50 and 101, 152 and 270, 350 and 420; 200 takes its neighbours' value.
 _DROP_PATH = {50: 0.0, 101: 0.0, 152: 0.1, 200: 0.1, 270: 0.1, 350: 0.2, 420: 0.2}
 
-# (depth, px) -> seconds a step of 1,024 images and top-1, %, of the paper's speed-accuracy figure (paper.md section 3).
+# (depth, px) -> seconds a step of 1,024 images and top-1, %, of the speed-accuracy figure (docs/paper.md section 3).
 PARETO = {
     (50, 128): (0.058, 77.4),
     (50, 160): (0.089, 79.2),

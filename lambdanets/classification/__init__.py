@@ -1,0 +1,1 @@
+"""The wing that learns labels: train, evaluate, predict, report."""

@@ -1,0 +1,1 @@
+"""The commands, one a file: its arguments (`parser`), and one call each (`run`), which alone imports torch."""

@@ -1,0 +1,30 @@
+"""`lambdanets index`."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lambdanets.commands.arguments import allow_source
+from lambdanets.errors import EXIT_CODES_TEXT, BadData, DiskFault
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Index the tar shards of others, or compare every byte of indexed ones with their manifest.",
+        epilog=EXIT_CODES_TEXT,
+    )
+    parser.add_argument("shards", type=str, metavar="SHARDS", help="a folder or URL with train-*.tar and val-*.tar")
+    parser.add_argument("--out", type=str, metavar="FOLDER", help="where the index goes if SHARDS cannot be written")
+    parser.add_argument("--classes", type=str, metavar="FILE", help="names of the classes, one a line")
+    allow_source(parser)
+    return parser
+
+
+def run(given: Namespace) -> int:
+    from lambdanets.data.pack import index
+
+    try:
+        print(index(given.shards, out=given.out, classes=given.classes, allow_sources=given.allow_source))
+    except DiskFault as error:  # nothing is lost: the same command goes on
+        raise BadData(str(error)) from error
+    return 0

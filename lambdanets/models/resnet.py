@@ -1,0 +1,247 @@
+"""The LambdaResNets: stem, block, model.
+
+Attribute and parameter names follow torchvision and timm: `layer1`..`layer4` are the paper's c2..c5.
+"""
+
+from typing import Any
+
+from timm.layers import DropPath, SEModule, create_classifier
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lambdanets.layers.lambda_layer import LambdaLayer
+from lambdanets.layers.loading import StrictLoading
+from lambdanets.models.sizes import Size
+
+EXPANSION = 4
+
+
+class Bottleneck(nn.Module):
+    """1x1, then a 3x3 convolution or a lambda layer, then 1x1, on a shortcut; stride in the middle (v1.5)."""
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        stride: int,
+        *,
+        lambda_layer: LambdaLayer | None,
+        lambda_norm_act: bool,
+        deep_shortcut: bool,
+        se_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        dim_out = width * EXPANSION
+        self.conv1, self.bn1, self.act1 = _conv(dim, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.conv2 = _conv(width, width, 3, stride) if lambda_layer is None else lambda_layer
+        keep = lambda_layer is None or lambda_norm_act
+        self.bn2 = nn.BatchNorm2d(width) if keep else nn.Identity()
+        self.act2 = nn.ReLU(inplace=True) if keep else nn.Identity()
+        self.conv3, self.bn3 = _conv(width, dim_out, 1), nn.BatchNorm2d(dim_out)
+        nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut (docs/paper.md section 1)
+        self.se = SEModule(dim_out, rd_channels=int(dim_out * se_ratio)) if se_ratio else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.downsample: nn.Module | None = None
+        if stride > 1 or dim != dim_out:
+            pooled = stride > 1 and deep_shortcut
+            # Odd sizes keep their last row: the pooling rounds up and averages what is there.
+            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if pooled else nn.Identity()
+            self.downsample = nn.Sequential(
+                pool, _conv(dim, dim_out, 1, 1 if pooled else stride), nn.BatchNorm2d(dim_out)
+            )
+        self.act3 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.act2(self.bn2(self.conv2(y)))
+        y = self.drop_path(self.se(self.bn3(self.conv3(y))))
+        y += x if self.downsample is None else self.downsample(x)  # in its place: a new map takes three times as long
+        return self.act3(y)
+
+
+def _conv(dim: int, dim_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(dim, dim_out, kernel, stride, kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+class LambdaResNet(StrictLoading):
+    """Images to logits: a stem, four stages of bottlenecks, some of whose 3x3 are lambda layers, a classifier.
+
+    size             a row of SIZES
+    num_classes      0 returns the pooled features
+    in_chans         image channels
+    drop_rate        dropout before the classifier
+    drop_path_rate   stochastic depth of c5; c2, c3, c4 get 2/5, 3/5, 4/5 of it
+    global_pool      timm's names: "avg", "max", "avgmax", ""
+    lambda_norm_act  batch norm and ReLU after a lambda layer, as after the 3x3 it replaces (unconfirmed by the paper)
+    share_tables     one relative table for all lambda layers of a stage (paper, Table 4)
+    lambda_args      arguments of `LambdaLayer` on top of the row's
+
+    Any image from 32 pixels a side; H and W may differ. `forward(x)` takes (b, in_chans, H, W).
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        lambda_norm_act: bool = True,
+        share_tables: bool = False,
+        lambda_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be in [0, 1) and is {rate}")
+        if num_classes < 0 or in_chans < 1:
+            raise ValueError(f"num_classes = {num_classes} must be at least 0 and in_chans = {in_chans} at least 1")
+        for count, lambdas in zip(size.blocks, size.lambdas, strict=True):
+            if lambdas not in ("C", "L") and (isinstance(lambdas, str) or not set(lambdas) <= set(range(1, count + 1))):
+                raise ValueError(f"a stage of {count} blocks is 'C', 'L' or some of 1..{count}, and got {lambdas!r}")
+        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.grad_checkpointing = False
+
+        stem = size.width
+        # In this order: timm's features_only runs the children as they were registered.
+        self.conv1, maxpool, reduction = _stem(size.stem, in_chans, stem)
+        self.bn1, self.act1 = nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
+        self.maxpool = maxpool
+        self.feature_info = [{"num_chs": stem, "reduction": reduction[0], "module": "act1"}]
+        dim, stride = stem, reduction[1]
+        for i, (count, lambdas) in enumerate(zip(size.blocks, size.lambdas, strict=True)):
+            width = size.width * 2**i
+            stage: list[Bottleneck] = []
+            table: nn.Parameter | None = None
+            for j in range(count):
+                step = 2 if i > 0 and j == 0 else 1
+                layer = None
+                if lambdas == "L" or (lambdas != "C" and j + 1 in lambdas):
+                    args = {**size.lambda_args, **(lambda_args or {})}
+                    layer = LambdaLayer(width, stride=step, table=table if share_tables else None, **args)
+                    table = layer.table
+                block = Bottleneck(
+                    dim, width, step, lambda_layer=layer, lambda_norm_act=lambda_norm_act,
+                    deep_shortcut=size.deep_shortcut, se_ratio=size.se_ratio if size.se_stages[i] == "S" else 0.0,
+                    drop_path=drop_path_rate * (i + 2) / 5,
+                )  # fmt: skip
+                stage.append(block)
+                dim = width * EXPANSION
+            stride *= 2 if i else 1
+            name = f"layer{i + 1}"
+            self.add_module(name, nn.Sequential(*stage))
+            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": name})
+        self.num_features = self.head_hidden_size = dim
+        self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type=global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b, in_chans, H, W) -> (b, num_features, H/32, W/32), rounded up."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        for stage in self.stages():
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(b, num_features, h, w) -> logits (b, num_classes), or the pooled features."""
+        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def stages(self) -> list[nn.Sequential]:
+        """c2..c5."""
+        return [getattr(self, f"layer{i}") for i in range(1, 5)]
+
+    # What timm asks of a model.
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stem's map and those of c2..c5 on the way, as timm's ResNets give them.
+
+        indices             of the five: the last so many, or a list; None: all
+        norm                there is no norm to apply at the end
+        stop_early          compute no stage after the last that is asked for
+        output_fmt          NCHW only
+        intermediates_only  leave out what `forward_features` returns
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}: this model's maps are NCHW")
+        wanted, last = feature_take_indices(5, indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        found = [x] if 0 in wanted else []
+        x = self.maxpool(x)
+        for i, stage in enumerate(self.stages()[: last if stop_early else 4], start=1):
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            found += [x] if i in wanted else []
+        return found if intermediates_only else (x, found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove, in place, the stages after the last of these intermediates; gives their indices."""
+        wanted, last = feature_take_indices(5, indices)
+        for at in range(last + 1, 5):
+            setattr(self, f"layer{at}", nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        if last < 4:  # the head was for features that are gone
+            self.num_features = self.head_hidden_size = int(str(self.feature_info[last]["num_chs"]))
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        return list(wanted)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations block by block in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for another class count; 0 removes it."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        like = next(self.parameters())
+        head = create_classifier(self.num_features, num_classes, pool_type=pool, device=like.device, dtype=like.dtype)
+        self.global_pool, self.fc = (part.train(self.training) for part in head)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Parameter groups for layer-wise learning rates."""
+        return {"stem": r"^(?:conv1|bn1|maxpool)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """The relative tables: they are positions, not weights of a projection."""
+        return {name for name, _ in self.named_parameters() if name.endswith("conv2.table")}
+
+
+def _stem(kind: str, in_chans: int, width: int) -> tuple[nn.Module, nn.Module, tuple[int, int]]:
+    """conv1, what stands for the max pool, and the reductions after each."""
+    if kind == "plain":
+        conv = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        return conv, nn.MaxPool2d(3, 2, 1), (2, 4)
+    if kind == "deep":
+        half = width // 2
+        parts: list[nn.Module] = []
+        for a, b, stride in ((in_chans, half, 2), (half, half, 1)):
+            parts += [_conv(a, b, 3, stride), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+        down = nn.Sequential(_conv(width, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        return nn.Sequential(*parts, _conv(half, width, 3)), down, (2, 4)
+    if kind == "small":
+        return _conv(in_chans, width, 3), nn.Identity(), (1, 1)
+    raise ValueError(f"stem must be plain, deep or small and is {kind!r}")

@@ -1,0 +1,1 @@
+"""The loop that any task is trained by."""
