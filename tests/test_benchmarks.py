@@ -356,7 +356,8 @@ def test_the_ceilings_are_measured_and_a_row_says_how_near_it_comes(monkeypatch)
     assert 1e8 < reached["bytes_per_s"] < 1e13
     monkeypatch.setattr(op, "ceilings", lambda device, dtype: {"macs_per_s": 1e9, "bytes_per_s": 1e30})
     for made in op.bench_shape(4, 16, 3, 2, torch.float32, "cpu", 0.0, False):
-        assert made["least_ms"] == pytest.approx(made["roofline"] * made["ms"][made["ours"]], rel=0.01, abs=1e-3)
+        took_ms = made["ms"][made["ours"]]  # long on a loaded machine, and the share is written with three digits
+        assert made["least_ms"] == pytest.approx(made["roofline"] * took_ms, rel=0.01, abs=1e-3 + 5e-4 * took_ms)
         assert made["least_ms"] > 0
 
 
