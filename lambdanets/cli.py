@@ -85,10 +85,6 @@ def _outliving_the_terminal() -> Iterator[None]:
 def _run(parsed: Namespace) -> int:
     try:
         return _COMMANDS[parsed.command][0].run(parsed[parsed.command])
-    except KeyboardInterrupt as error:
-        if parsed.command in ("pack", "index"):
-            raise KeyboardInterrupt("interrupted: the same command goes on, finished shards are kept") from error
-        raise
     except Exception as error:
         if (lost := lost_reader(error)) is not None:
             error = lost

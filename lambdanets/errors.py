@@ -73,12 +73,8 @@ class NonFiniteLoss(ArithmeticError):
     """A loss or gradient that is not a number; the message names the step, the images and the weights that remain."""
 
 
-class BadImage(ValueError):
-    """One picture cannot be read: `name` says which, `reason` why, `str()` both.
-
-    >>> str(BadImage("cats/1.jpg", "the file is empty"))
-    'cats/1.jpg: the file is empty'
-    """
+class _OfOneFile(ValueError):
+    """What is wrong with one file: `name` says which, `reason` why, `str()` both."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both in args: the error travels from a worker process unchanged
@@ -89,24 +85,24 @@ class BadImage(ValueError):
         return f"{printable(self.name)}: {self.reason}"
 
 
+class BadImage(_OfOneFile):
+    """One picture cannot be read: `name` says which, `reason` why, `str()` both.
+
+    >>> str(BadImage("cats/1.jpg", "the file is empty"))
+    'cats/1.jpg: the file is empty'
+    """
+
+
 class BadData(ValueError):
     """The data set as a whole is unusable; the message says what to do about it."""
 
 
-class DiskFault(BadData):
+class DiskFault(_OfOneFile, BadData):
     """A file could not be read, though it was tried again: nothing is known of its content.
 
     The fault is the machine's or the network's (a folder that is away, EIO, EACCES), not the picture's, so nothing may
     be concluded from it: no substitute, no line in a list of bad pictures. `name` says which file, `reason` why.
     """
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{printable(self.name)}: {self.reason}"
 
 
 class BadRecipe(ValueError):
@@ -202,7 +198,6 @@ def need(module: str, extra: str, why: str) -> None:
 
 def mismatch(model: str, wrong: dict[str, tuple[Any, Any]], missing: list[str], extra: list[str]) -> str:
     """The message: keys missing, unknown, of another shape (key -> ours, theirs), ten a kind, and the remedy."""
-
     lines = [f"the state dict does not fit {model}:"]
     if missing:
         lines.append(f"  {len(missing)} keys missing: {some(missing)}")

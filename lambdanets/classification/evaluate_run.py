@@ -117,7 +117,7 @@ def evaluate_run(
     """
     with Ranks() as ranks:
         with ranks.together():
-            _need_matplotlib(CONFUSION)
+            need("matplotlib", "plots", f"{CONFUSION} is drawn with it")
             opened = open_run(run)
             if data is None:
                 images, how = own_images(opened.record, opened.folder / RUN_JSON, allow_sources)
@@ -191,7 +191,6 @@ def per_class(confusion: Confusion, classes: Sequence[str]) -> list[dict[str, An
 def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | None, out: str | Path | None) -> Path:
     """Write both files; gives their folder. Raises NotWritten."""
     scores, names, labels = found.scores, found.images.names, found.images.labels
-    wrong = [k for k in sorted(range(scores.n), key=lambda k: -scores.losses[k]) if _wrong(found, k)]
     content = {
         "run": printable(run_folder),
         "model": run.record["recipe"]["model"],
@@ -211,7 +210,7 @@ def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | Non
                 "predicted": printable(run.classes[scores.predicted[k]]),
                 "loss": scores.losses[k],
             }
-            for k in wrong
+            for k in scores.mistakes(found.images)
         ],
     }
     picture = confusion_png(scores.confusion, run.classes, f"{run.record['recipe']['model']}: {scores}")
@@ -246,11 +245,3 @@ def _taken(run_folder: Path, out: str | Path | None) -> Iterator[Path]:
         yield choose_folder(out, "evaluation")  # still empty, now that no other may write in it
     finally:
         os.close(opened)
-
-
-def _wrong(found: Evaluation, k: int) -> bool:
-    return found.scores.predicted[k] != int(found.images.labels[found.scores.ids[k]])
-
-
-def _need_matplotlib(what: str) -> None:
-    need("matplotlib", "plots", f"{what} is drawn with it")

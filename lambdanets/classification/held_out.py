@@ -20,8 +20,6 @@ from lambdanets.data.sklearn_digits import digits
 from lambdanets.data.source import DIGITS, absolute
 from lambdanets.errors import BadData, BadImage, some
 
-# --- which images ----------------------------------------------------------------------------------------------------
-
 
 def own_images(record: dict[str, Any], by: str | Path, allow_sources: Sequence[str] = ()) -> tuple[Images, str]:
     """The images that a run held out, from where they were, and a sentence. Raises BadData where they have changed."""

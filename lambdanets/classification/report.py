@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from lambdanets.classification.evaluate_run import _need_matplotlib
 from lambdanets.classification.held_out import own_images
 from lambdanets.classification.plots import confusion_png, curves_svg
 from lambdanets.classification.run import open_run, read_record
 from lambdanets.classification.scores import Confusion, Scores, evaluate
 from lambdanets.data.batches import Batches
 from lambdanets.data.images import Images
-from lambdanets.errors import BadData, BadImage, BadRun, DiskFault, printable, printable_text, some
+from lambdanets.errors import BadData, BadImage, BadRun, DiskFault, need, printable, printable_text, some
 from lambdanets.files import field, json_object, open_file, write_atomically
 from lambdanets.runs.folder import BAD_SAMPLES, REPORT
 from lambdanets.runs.log import LOG
@@ -29,6 +28,9 @@ from lambdanets.runs.record import RUN_JSON
 
 _SIDE_PX = 112  # of a thumbnail
 _EPOCHS = 60  # rows of the table of epochs
+_MISTAKES = 24  # thumbnails in a report
+_LINES_BYTES = 256 << 20  # of a file of lines that a report reads; the rest of a larger one is left out
+_LINE_BYTES = 1 << 20
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 1060px; margin: 2em auto;
@@ -221,12 +223,7 @@ def _name(name: object) -> str:
     return escape(printable(name))
 
 
-_MISTAKES = 24  # thumbnails in a report
-_LINES_BYTES = 256 << 20  # of a file of lines that a report reads; the rest of a larger one is left out
-_LINE_BYTES = 1 << 20
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- the page of a run ----------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -249,7 +246,7 @@ def write_report(
     Raises BadRun where the folder is no run's, or cannot be written.
     """
     folder, notes = Path(folder), []
-    _need_matplotlib(REPORT)
+    need("matplotlib", "plots", f"{REPORT} is drawn with it")
     if record is None:
         record = read_record(folder)
     if scores is None:
@@ -303,10 +300,8 @@ def _losses(path: Path) -> list[tuple[int, float]]:
 
 def _worst(scores: Scores, images: Images) -> list[Mistake]:
     """The mistakes of the highest loss, with thumbnails."""
-    wrong = [k for k in range(scores.n) if scores.predicted[k] != int(images.labels[scores.ids[k]])]
-    wrong.sort(key=lambda k: -scores.losses[k])
     found = []
-    for k in wrong[:_MISTAKES]:
+    for k in scores.mistakes(images)[:_MISTAKES]:
         index = scores.ids[k]
         try:
             picture = thumbnail(images.load(index))

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lambdanets.data.batches import Batches
+from lambdanets.data.images import Images
 from lambdanets.errors import EvaluationStopped
 from lambdanets.training.distributed import Ranks
 
@@ -127,6 +128,11 @@ class Scores:
             "loss": self.loss,
             "confusion": self.confusion.json(),
         }
+
+    def mistakes(self, images: Images) -> list[int]:
+        """Places in `ids` of the images whose first class is not the label, the highest loss first."""
+        wrong = [k for k, i in enumerate(self.ids) if self.predicted[k] != int(images.labels[i])]
+        return sorted(wrong, key=lambda k: -self.losses[k])
 
     @property
     def errors(self) -> int:

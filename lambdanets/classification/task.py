@@ -48,6 +48,10 @@ class Classification:
     remedy = "give another --image-px"
     train: Batches
     held_out: Batches
+    _train_images: Images
+    _val_images: Images
+    _how: str
+    _ignored: dict[str, Any]
 
     def __init__(
         self, recipe: Recipe, data: str | Path | None, *, workers: int, seed: int, allow_sources: Sequence[str] = ()
@@ -158,8 +162,3 @@ class Classification:
         title = f"{self.title}, seed {record['seed']}: {scores}"
         write_atomically(folder / CURVES, curves_png(record["history"], scores.confusion, self.classes, title))
         write_report(folder, record, scores, self._val_images)
-
-    _train_images: Images
-    _val_images: Images
-    _how: str
-    _ignored: dict[str, Any]

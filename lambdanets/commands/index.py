@@ -5,7 +5,8 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from lambdanets.commands.arguments import allow_source
-from lambdanets.errors import EXIT_CODES_TEXT, BadData, DiskFault
+from lambdanets.commands.pack import going_on_again
+from lambdanets.errors import EXIT_CODES_TEXT
 
 
 def parser() -> ArgumentParser:
@@ -23,8 +24,6 @@ def parser() -> ArgumentParser:
 def run(given: Namespace) -> int:
     from lambdanets.data.pack import index
 
-    try:
+    with going_on_again():
         print(index(given.shards, out=given.out, classes=given.classes, allow_sources=given.allow_source))
-    except DiskFault as error:  # nothing is lost: the same command goes on
-        raise BadData(str(error)) from error
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
@@ -32,8 +35,18 @@ def run(given: Namespace) -> int:
     from lambdanets.data.pack import SHARD_BYTES, pack
 
     sizes = {"max_side_px": given.max_side_px, "shard_bytes": given.shard_bytes or SHARD_BYTES}
-    try:
+    with going_on_again():
         print(pack(given.folder, given.out, workers=given.workers, max_bad_frac=given.max_bad_frac, **sizes))
-    except DiskFault as error:  # nothing is lost: the same command goes on
-        raise BadData(str(error)) from error
     return 0
+
+
+@contextlib.contextmanager
+def going_on_again() -> Iterator[None]:
+    """What ends the work on shards loses nothing: the same command goes on, so a fault of the disk has no code of its
+    own, and an interrupt says it."""
+    try:
+        yield
+    except DiskFault as error:
+        raise BadData(str(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: the same command goes on, finished shards are kept") from None

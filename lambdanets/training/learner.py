@@ -88,7 +88,8 @@ class Learner:
         self.began_from = None if init_from is None else load_weights(model, init_from)
         model = model.to(device, self.place.dtype).to(memory_format=self.place.memory_format)
         self.average = RunningAverage(model, recipe.ema_decay)
-        self.model = prepare(model, recipe, device, ranks)
+        synced = recipe.batch_norm == "sync" and ranks.ranks > 1
+        self.model = sync_batch_norm(model, device) if synced else model
         self.optimizer = optim.optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
         self._unscaled = False  # whether the scaler has seen gradients that it is to be updated for
@@ -245,11 +246,6 @@ def train_mode(model: nn.Module, recipe: TrainingRecipe) -> None:
                 module.eval()
 
 
-def prepare(model: nn.Module, recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> nn.Module:
-    """The model with the batch norms that the recipe asks for, among several ranks."""
-    return sync_batch_norm(model, device) if recipe.batch_norm == "sync" and ranks.ranks > 1 else model
-
-
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks: what is recomputed as one."""
     stages: Any = model.stages  # timm's models have a module of that name, ours a method
@@ -264,9 +260,8 @@ def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
     def again() -> Iterator[None]:
         norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for (
-            norm
-        ) in norms:  # a momentum of 0 moves the running statistics by nothing; without them autograd would notice
+        for norm in norms:
+            # A momentum of 0 moves the running statistics by nothing; without them autograd would notice.
             norm.momentum = 0.0
             norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         try:
