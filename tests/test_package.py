@@ -26,7 +26,8 @@ ARROWS = {
     "runs": "recipes errors files",
     "training": "runs recipes data.order errors files untouched",
     "classification": "training models runs data recipes errors files",
-    "commands": "classification training models runs data recipes errors files",
+    "detection": "training models runs data recipes errors files",
+    "commands": "classification detection training models runs data recipes errors files",
     "cli": "commands errors",
     "__main__": "cli",
 }

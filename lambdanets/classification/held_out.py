@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lambdanets.data.archive import check_source
-from lambdanets.data.batches import serve_the_run
 from lambdanets.data.folders import folder, val_or_all
 from lambdanets.data.images import Images
+from lambdanets.data.reading import serve_the_run
 from lambdanets.data.shards import is_shards
 from lambdanets.data.sklearn_digits import digits
 from lambdanets.data.source import DIGITS, absolute
