@@ -3,13 +3,16 @@
 Attribute and parameter names follow torchvision and timm: `layer1`..`layer4` are the paper's c2..c5.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from timm.layers import DropPath, SEModule, create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lambdanets.layers.lambda_layer import LambdaLayer
 from lambdanets.layers.loading import StrictLoading
@@ -54,12 +57,55 @@ class Bottleneck(nn.Module):
             )
         self.act3 = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """The block's map; `real` as in `LambdaResNet.forward_maps`, of the size of x."""
         y = self.act1(self.bn1(self.conv1(x)))
-        y = self.act2(self.bn2(self.conv2(y)))
-        y = self.drop_path(self.se(self.bn3(self.conv3(y))))
-        y += x if self.downsample is None else self.downsample(x)  # in its place: a new map takes three times as long
+        if real is None:
+            y = self.conv2(y)
+        elif isinstance(self.conv2, LambdaLayer):
+            y = self.conv2(y, padding=real[:, 0].bool())
+        else:
+            y = self.conv2(y * real)
+        y = self.bn3(self.conv3(self.act2(self.bn2(y))))
+        y = self.drop_path(self.se(y) if real is None else self._squeezed(y, fitted(real, y)))
+        # In its place: a new map takes three times as long.
+        y += x if self.downsample is None else self._shortcut(self.downsample, x, real)
         return self.act3(y)
+
+    def _squeezed(self, y: Tensor, real: Tensor) -> Tensor:
+        """Squeeze-and-excitation whose mean is over real positions."""
+        if not isinstance(self.se, SEModule):
+            return self.se(y)
+        mean = (y * real).sum((2, 3), keepdim=True) / real.sum((2, 3), keepdim=True)
+        return y * self.se.gate(self.se.fc2(self.se.act(self.se.bn(self.se.fc1(mean)))))
+
+    @staticmethod
+    def _shortcut(downsample: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
+        """The shortcut, whose average pooling is over real positions."""
+        if real is None:
+            return downsample(x)
+        pool, *rest = downsample.children()
+        if not isinstance(pool, nn.Identity):
+            share = pool(real)
+            x = pool(x * real) / (share + (share == 0))
+        for layer in rest:
+            x = layer(x)
+        return x
+
+
+def fitted(real: Tensor, x: Tensor) -> Tensor:
+    """The mask of a map, for a map x of the same size or of half of it, rounded up: every second row and column."""
+    return real if real.shape[2:] == x.shape[2:] else real[:, :, ::2, ::2]
+
+
+def masked(layers: Iterable[nn.Module], x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The layers in turn, and the mask of what they give: padding is 0 wherever a kernel larger than 1 x 1 reads it."""
+    for layer in layers:
+        if real is not None and getattr(layer, "kernel_size", 1) not in (1, (1, 1)):
+            x = x * real
+        x = layer(x)
+        real = None if real is None else fitted(real, x)
+    return x, real
 
 
 def _conv(dim: int, dim_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -150,11 +196,52 @@ class LambdaResNet(StrictLoading):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(b, num_features, h, w) -> logits (b, num_classes), or the pooled features."""
-        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        x = self.global_pool(x)
+        return self._classified(x, pre_logits)
+
+    def _classified(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(b, in_chans, H, W) -> logits (b, num_classes).
+
+        padding  bool (b, H, W), True on real pixels, which lie at the top left, False on padding: in evaluation an
+                 image then gets what it gets alone, on any canvas whose sides are multiples of 32
+        """
+        if padding is None:
+            return self.forward_head(self.forward_features(x))
+        if padding.dtype != torch.bool or padding.shape != (x.shape[0], *x.shape[2:]):
+            raise ValueError(
+                f"padding must be bool (b, H, W) = {(x.shape[0], *x.shape[2:])}, True on real pixels, and is "
+                f"{padding.dtype} {tuple(padding.shape)}"
+            )
+        if (kind := getattr(self.global_pool, "pool_type", None)) != "avg":
+            raise ValueError(f"padding goes with the average pooling of a classifier, and global_pool is {kind!r}")
+        maps, reals = self.forward_maps(x, padding[:, None].to(x.dtype))
+        share = self.global_pool(reals[-1])  # (b, 1)
+        return self._classified(self.global_pool(maps[-1] * reals[-1]) / share)
+
+    def forward_maps(self, x: Tensor, real: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """The maps of c2..c5, and which of their positions are real: what a detector stands on.
+
+        real  (b, 1, H, W) of the type of x: 1 on real pixels, which lie at the top left, 0 on padding. Every layer that
+              would mix them is told: what an image gets does not depend on its padding, but for batch norm's statistics
+              in training. None: all pixels are real, and no masks are given back
+        The map of a stage has ceil(H / 4), ceil(H / 8), ... rows (of a "small" stem H, H / 2, ...).
+        """
+        stem = (part for module in (self.conv1, self.bn1, self.act1, self.maxpool) for part in _layers(module))
+        x, real = masked(stem, x, real)
+        maps, reals = [], []
+        for stage in self.stages():
+            for block in stage:
+                held = (x,) if real is None else (x, real)
+                x = checkpoint(block, *held, use_reentrant=False) if self.grad_checkpointing else block(*held)
+                real = None if real is None else fitted(real, x)
+            maps.append(x)
+            if real is not None:
+                reals.append(real)
+        return maps, reals
 
     def stages(self) -> list[nn.Sequential]:
         """c2..c5."""
@@ -227,6 +314,10 @@ class LambdaResNet(StrictLoading):
     def no_weight_decay(self) -> set[str]:
         """The relative tables: they are positions, not weights of a projection."""
         return {name for name, _ in self.named_parameters() if name.endswith("conv2.table")}
+
+
+def _layers(module: nn.Module) -> Iterable[nn.Module]:
+    return module if isinstance(module, nn.Sequential) else (module,)
 
 
 def _stem(kind: str, in_chans: int, width: int) -> tuple[nn.Module, nn.Module, tuple[int, int]]:

@@ -51,6 +51,13 @@ SIZES: dict[str, Size] = {
     "lambda_resnet200_c4": Size((3, 24, 36, 3), tuple("CCLL")),
     "resnet50_se": Size.hybrid("CCCC", se_stages="SSSS", se_ratio=1 / 16),
     "resnet50_llll_u4": Size.hybrid("LLLL", lambda_args={"intra_depth": 4, "scope": 7}),
+    # The convolutional counterparts of Table 6, by their counts ResNet-D (timm has other models called resnet101).
+    "resnet101_d": Size((3, 4, 23, 3), tuple("CCCC"), se_stages="----"),
+    "resnet101_d_se": Size((3, 4, 23, 3), tuple("CCCC"), se_stages="SSSS"),
+    "resnet152_d": Size((3, 8, 36, 3), tuple("CCCC"), se_stages="----"),
+    "resnet152_d_se": Size((3, 8, 36, 3), tuple("CCCC"), se_stages="SSSS"),
+    # Ours, the body of a detector that a CPU trains.
+    "lambda_resnet_small": Size((1, 1, 2, 1), tuple("CCLL"), se_stages="----", width=32),
     # Ours, for images of 8 to 64 pixels and for tests: the same block, a stem without stride.
     "lambda_resnet_tiny": Size(
         (1, 1, 1, 1), tuple("CLLL"), "small", se_stages="----", width=16, lambda_args={"scope": 15, "key_depth": 8}

@@ -32,8 +32,8 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
 from lambdanets import data, files
-from lambdanets.data import batches as batching
 from lambdanets.data import listing as listing_of_a_folder
+from lambdanets.data import order as order_of
 from lambdanets.data import transforms
 from lambdanets.data.batches import Batches
 from lambdanets.data.decode import open_image
@@ -1109,7 +1109,7 @@ def seeded(seed):
 @pytest.mark.parametrize(("augment", "ops"), [("imagenet", 0), ("imagenet", 2), ("digits", 0)])
 @pytest.mark.parametrize("view", [COLOUR, GREY], ids=["colour", "grey"])
 def test_augmentation_varies_with_the_seed_and_keeps_shape_and_range(view, augment, ops):
-    transform = batching.training_transform(view, augment=augment, randaugment_ops=ops, randaugment_magnitude=9)
+    transform = transforms.training_transform(view, augment=augment, randaugment_ops=ops, randaugment_magnitude=9)
     seen = []
     for seed in range(12):
         seeded(seed)
@@ -1126,7 +1126,7 @@ def test_imagenet_flips_and_digits_never_do():
     image = Image.new("L", (32, 32))
     image.paste(255, (0, 0, 16, 32))  # white on the left
     for augment, flips in (("imagenet", True), ("digits", False)):
-        transform = batching.training_transform(replace(GREY, image_px=32), augment=augment)
+        transform = transforms.training_transform(replace(GREY, image_px=32), augment=augment)
         sides = set()
         for seed in range(30):
             torch.manual_seed(seed)
@@ -1148,7 +1148,7 @@ def test_the_strengths_of_augmentation_have_the_values_they_had_before_they_coul
         steps.append(rand_augment_transform("rand-m9-n2-p1.0-mmax10", how))
     before = v2.Compose([view._in_mode, *steps, view._normalised])
     for chosen in ({}, {"flip_frac": 0.5, "min_crop_frac": 0.08}):
-        now = batching.training_transform(view, augment="imagenet", **strength, **chosen)
+        now = transforms.training_transform(view, augment="imagenet", **strength, **chosen)
         for seed in range(20):
             seeded(seed)
             want = before(noise(30, 20))
@@ -1160,7 +1160,7 @@ def test_with_no_flips_no_training_view_is_ever_a_mirror_image():
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)))  # brighter to the right
 
     def views(flip_frac, **more):
-        transform = batching.training_transform(
+        transform = transforms.training_transform(
             replace(GREY, image_px=16), augment="imagenet", flip_frac=flip_frac, **more
         )
         for seed in range(100):
@@ -1181,7 +1181,7 @@ def test_no_crop_is_smaller_than_asked(min_crop_frac):
     levels = np.stack(np.meshgrid(np.arange(200), np.arange(200)), -1).astype(np.uint8)
     image = Image.fromarray(np.concatenate([levels, levels[..., :1]], -1))  # a pixel says where it lies
     view = View(image_px=64, in_channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
-    transform = batching.training_transform(view, augment="imagenet", min_crop_frac=min_crop_frac)
+    transform = transforms.training_transform(view, augment="imagenet", min_crop_frac=min_crop_frac)
     areas = []
     for seed in range(60):
         seeded(seed)
@@ -1217,14 +1217,14 @@ def test_batches_pass_each_strength_on(change):
 def test_a_strength_out_of_its_range_is_refused(asked):
     ((name, value),) = asked.items()
     with pytest.raises(ValueError, match=f"{name} is {value}: it must lie"):
-        batching.training_transform(COLOUR, augment="imagenet", **asked)
+        transforms.training_transform(COLOUR, augment="imagenet", **asked)
 
 
 def test_randaugment_changes_the_picture_and_its_magnitude_matters():
     def mean_change(ops, magnitude):
-        plain = batching.training_transform(COLOUR, augment="imagenet")
+        plain = transforms.training_transform(COLOUR, augment="imagenet")
         strong = {"randaugment_ops": ops, "randaugment_magnitude": magnitude}
-        more = batching.training_transform(COLOUR, augment="imagenet", **strong)
+        more = transforms.training_transform(COLOUR, augment="imagenet", **strong)
         change = 0.0
         for seed in range(40):
             seeded(seed)
@@ -1239,7 +1239,7 @@ def test_randaugment_changes_the_picture_and_its_magnitude_matters():
 
 
 def test_randaugment_fills_what_it_uncovers_with_grey():
-    transform = batching.training_transform(COLOUR, augment="imagenet", randaugment_ops=1, randaugment_magnitude=3)
+    transform = transforms.training_transform(COLOUR, augment="imagenet", randaugment_ops=1, randaugment_magnitude=3)
     for seed in range(60):  # a picture of that grey has no border to be seen, whatever is drawn
         seeded(seed)
         picture = transform(Image.new("RGB", (20, 20), (128, 128, 128)))
@@ -1247,11 +1247,11 @@ def test_randaugment_fills_what_it_uncovers_with_grey():
 
 
 def test_erasing_makes_a_rectangle_of_noise_by_the_seed_and_leaves_the_rest():
-    plain = batching.training_transform(COLOUR, augment="none")
-    never = batching.training_transform(COLOUR, augment="none", erase_frac=0.0)
+    plain = transforms.training_transform(COLOUR, augment="none")
+    never = transforms.training_transform(COLOUR, augment="none", erase_frac=0.0)
     assert torch.equal(never(noise()), plain(noise()))
-    half = batching.training_transform(replace(COLOUR, image_px=32), augment="imagenet", erase_frac=0.5)
-    whole = batching.training_transform(replace(COLOUR, image_px=32), augment="imagenet")
+    half = transforms.training_transform(replace(COLOUR, image_px=32), augment="imagenet", erase_frac=0.5)
+    whole = transforms.training_transform(replace(COLOUR, image_px=32), augment="imagenet")
     erased = 0
     for seed in range(60):
         seeded(seed)
@@ -1269,7 +1269,7 @@ def test_erasing_makes_a_rectangle_of_noise_by_the_seed_and_leaves_the_rest():
             assert 0.01 < box.numel() / changed.numel() < 0.4
     assert 18 <= erased <= 42
     with pytest.raises(ValueError, match=r"erase_frac is 1\.5"):
-        batching.training_transform(COLOUR, augment="imagenet", erase_frac=1.5)
+        transforms.training_transform(COLOUR, augment="imagenet", erase_frac=1.5)
 
 
 MIXES = [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}]
@@ -1319,7 +1319,7 @@ def test_nothing_is_mixed_unasked_and_an_odd_last_image_stays():
 
 
 def test_no_augmentation_is_the_view_of_evaluation():
-    assert torch.equal(batching.training_transform(COLOUR, augment="none")(noise()), COLOUR.evaluate(noise()))
+    assert torch.equal(transforms.training_transform(COLOUR, augment="none")(noise()), COLOUR.evaluate(noise()))
 
 
 @pytest.mark.parametrize(
@@ -1333,7 +1333,7 @@ def test_no_augmentation_is_the_view_of_evaluation():
 )
 def test_an_unknown_augmentation_is_refused(asked):
     with pytest.raises(ValueError, match=r"augment is|randaugment_ops is"):
-        batching.training_transform(COLOUR, **asked)
+        transforms.training_transform(COLOUR, **asked)
 
 
 # ---- batches
@@ -1387,7 +1387,7 @@ def test_training_batches_are_full_and_no_image_repeats(n_images, batch_images, 
 @pytest.mark.parametrize("n_images", [2, 3, 5, 64, 101, 4097])
 def test_the_order_is_a_permutation_computed_in_any_part(n_images):
     for seed, epoch in ((0, 0), (0, 1), (3, 0)):
-        order = batching.Order(n_images, seed=seed, epoch=epoch)
+        order = order_of.Order(n_images, seed=seed, epoch=epoch)
         whole = order[0:n_images]
         assert sorted(whole.tolist()) == list(range(n_images))
         assert [order[start : start + 7].tolist() for start in range(0, n_images, 7)] == [
@@ -1399,14 +1399,14 @@ def test_the_order_looks_drawn_by_chance():
     n, epochs = 32, 1500
     places, neighbours = np.zeros((n, n)), np.zeros((n, n))
     for epoch in range(epochs):
-        ids = batching.Order(n, seed=1, epoch=epoch)[0:n]
+        ids = order_of.Order(n, seed=1, epoch=epoch)[0:n]
         places[np.arange(n), ids] += 1
         neighbours[ids[:-1], ids[1:]] += 1
     expected = epochs / n  # of each id at each place, and of each pair of neighbours
     assert 0.8 < ((places - expected) ** 2 / expected).sum() / (n - 1) ** 2 < 1.2
     pairs = neighbours[~np.eye(n, dtype=bool)]
     assert 0.8 < ((pairs - expected) ** 2 / expected).sum() / (n * n - 2 * n) < 1.2  # 2 rounds instead of 12: above 50
-    five = {tuple(batching.Order(5, seed=0, epoch=epoch)[0:5].tolist()) for epoch in range(1500)}
+    five = {tuple(order_of.Order(5, seed=0, epoch=epoch)[0:5].tolist()) for epoch in range(1500)}
     assert len(five) == 120  # every order occurs
 
 
