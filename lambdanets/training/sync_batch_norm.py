@@ -54,9 +54,11 @@ class _SyncBatchNorm(_BatchNorm):
         own = torch.cat([x.sum(others, dtype=torch.float64), x.new_tensor([x.numel() // x.shape[1]]).double()])
         sums = _SumOverRanks.apply(own)
         count = sums[-1].detach()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        if count == 0:  # no rank has a sample (a detector without an object): the statistics stay, all gradients are 0
+            return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
         if count < 2:
             raise ValueError("Expected more than 1 value per channel when training")
-        shape = (1, -1, *[1] * (x.dim() - 2))
         mean = sums[:-1] / count
         x = x - mean.to(x.dtype).view(shape)
         var = _SumOverRanks.apply((x * x).sum(others, dtype=torch.float64)) / count
