@@ -25,6 +25,7 @@ from lambdanets.files import write_atomically
 from lambdanets.models.create import create_model
 from lambdanets.recipes.recipe import Recipe
 from lambdanets.runs.folder import BAD_SAMPLES, CURVES
+from lambdanets.runs.weights import load_weights
 from lambdanets.training.distributed import Ranks
 from lambdanets.training.task import Found, Place
 
@@ -126,6 +127,9 @@ class Classification:
             drop_rate=recipe.drop_rate,
             drop_path_rate=recipe.drop_path_rate,
         )
+
+    def load_weights(self, model: nn.Module, source: str | Path) -> dict[str, str]:
+        return load_weights(model, source)
 
     def example(self, samples: int, place: Place) -> tuple[Tensor]:
         side = self.recipe.image_px

@@ -13,10 +13,11 @@ from lambdanets.errors import BadRecipe
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-RecipeName = Literal["digits", "folder", "layer_comparison", "pareto", "finetune"]
+RecipeName = Literal["digits", "folder", "layer_comparison", "pareto", "finetune", "detect", "table6"]
 Precision = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 BatchNorm = Literal["local", "sync", "frozen"]
 Optimizer = Literal["sgd", "adamw", "lamb"]
+Schedule = Literal["cosine", "steps"]
 
 
 # A learning rate or a decay above overflows float32 within a step; an image above has more pixels than one may have.
@@ -31,11 +32,17 @@ class TrainingRecipe:
     name                what the run's folder is called after
     model               the model's name
     epochs              passes over the training samples
+    steps               the run ends after so many, in place of the epochs; 0: the epochs decide
+    min_steps           more epochs are run where they have fewer steps than this (a small data set)
     batch_images        samples a step, of all processes together; the learning rate follows it
     accumulation        parts that a process takes its share of a step in, one after the other: the same gradient in
                         less memory, but for batch norm, whose statistics are those of a part
     lr_per_256          learning rate for 256 samples a step; the peak rate is lr_per_256 * batch_images / 256
-    warmup_epochs       linear from 0 to the peak; then a cosine to 0
+    warmup_epochs       linear from 0 to the peak
+    warmup_steps        in their place, where it is not 0
+    schedule            after the warm-up "cosine": to 0; "steps": constant, a tenth after each of the `drops`
+    drops               parts of the run, ascending, in (0, 1)
+    eval_epochs         the held-out samples are judged after every so many epochs, and after the last
     optimizer           "sgd", "adamw" or "lamb"
     momentum            SGD's momentum (no Nesterov), or the others' beta1
     clip_norm           the gradient is scaled down to this norm where it is larger; 0: never
@@ -56,8 +63,14 @@ class TrainingRecipe:
     epochs: int
     batch_images: int
     lr_per_256: float
-    warmup_epochs: float
+    warmup_epochs: float = 0.0
     accumulation: int = 1
+    steps: int = 0
+    min_steps: int = 0
+    warmup_steps: int = 0
+    schedule: Schedule = "cosine"
+    drops: tuple[float, ...] = ()
+    eval_epochs: int = 1
     optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     clip_norm: float = 0.0
@@ -86,11 +99,20 @@ class TrainingRecipe:
     def _check(self) -> None:
         need = self._need
         need(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name) is not None, "name", "letters, digits, '_', '.' or '-'")
-        for argument in ("epochs", "batch_images", "accumulation"):
+        for argument in ("epochs", "batch_images", "accumulation", "eval_epochs"):
             need(getattr(self, argument) >= 1, argument, "at least 1")
         need(self.lr_per_256 > 0, "lr_per_256", "greater than 0")
         *others, last = map(repr, get_args(Optimizer))
         need(self.optimizer in get_args(Optimizer), "optimizer", f"{', '.join(others)} or {last}")
+        for argument in ("steps", "min_steps", "warmup_steps"):
+            need(getattr(self, argument) >= 0, argument, "at least 0")
+        need(self.schedule in get_args(Schedule), "schedule", "'cosine' or 'steps'")
+        rising = all(0 < drop < 1 for drop in self.drops) and list(self.drops) == sorted(set(self.drops))
+        need(rising, "drops", "parts of the run, ascending, in (0, 1)")
+        if self.drops and self.schedule != "steps":
+            raise BadRecipe(f"drops is {self.drops}, but they go with schedule='steps' only")
+        if self.steps:
+            need(self.warmup_steps < self.steps, "warmup_steps", f"less than the steps, here {self.steps}")
         need(self.batch_norm in get_args(BatchNorm), "batch_norm", "'local', 'sync' or 'frozen'")
         need(self.precision in get_args(Precision), "precision", f"one of {', '.join(get_args(Precision))}")
         for argument in ("momentum", "ema_decay"):
@@ -122,8 +144,18 @@ class TrainingRecipe:
         return [f"{name} {others[name]!r}, not {own[name]!r}" for name in own if own[name] != others[name]]
 
     def with_epochs(self, epochs: int) -> Self:
-        """The same run over another number of epochs: the warm-up keeps its share of it."""
-        return replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
+        """The same run over that many epochs, however many steps they are; the warm-up keeps its share of them."""
+        share = self.warmup_epochs * epochs / self.epochs
+        return replace(self, epochs=epochs, steps=0, min_steps=0, warmup_epochs=share)
+
+    def length(self, batches: int) -> tuple[int, int, int]:
+        """Epochs, steps and steps of warm-up of a run whose epoch has that many batches. The last epoch may be short.
+
+        A warm-up of steps is a fifth of a run that is shorter than five of it.
+        """
+        steps = self.steps or max(self.epochs * batches, self.min_steps)
+        warmup = min(self.warmup_steps, steps // 5) if self.warmup_steps else round(self.warmup_epochs * batches)
+        return -(-steps // batches), steps, warmup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,8 @@ def _check(
         raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
     if (found := _optional(record, "task", str, "classification")) != task:
         raise ValueError(f"it is one of the task {found[:60]!r}, and one of {task!r} is needed")
-    epochs = recipe_of(record, recipe).epochs
+    learnt = recipe_of(record, recipe)
+    epochs = math.inf if learnt.steps or learnt.min_steps else learnt.epochs
     field(record, "status", str)
     field(record, "seed", int)
     data = field(record, "data", dict)
@@ -95,7 +96,8 @@ def _check(
         if field(held, "epoch", int) != epoch or epoch > epochs:
             raise ValueError(f"its 'history' has epoch {held['epoch']} where epoch {epoch} of {epochs} is due")
         for name in (*_ROW, *row):
-            check_number(held, name)
+            if learnt.eval_epochs == 1 or not name.startswith("val_") or name in held:
+                check_number(held, name)
         if "data_wait_s" in held:
             check_number(held, "data_wait_s")
     check(record)

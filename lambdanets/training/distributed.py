@@ -158,7 +158,7 @@ class Ranks:
         longest = int(max(size.item() for size in sizes))
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.ranks)]
         dist.all_gather(texts, nn.functional.pad(own, (0, longest - len(own))))
-        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+        return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, sizes, strict=True)]
 
     def from_first(self, state: Any) -> Any:
         """Rank 0's nested state (what `state.flatten` takes), on every rank, tensors on the CPU; others give None."""

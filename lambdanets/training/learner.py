@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from lambdanets.data.order import hash_of
 from lambdanets.errors import BadRun
 from lambdanets.recipes.recipe import TrainingRecipe
-from lambdanets.runs.weights import load_weights
 from lambdanets.training import optim
 from lambdanets.training.distributed import Ranks, gathered, part_like
 from lambdanets.training.ema import RunningAverage
@@ -54,7 +53,7 @@ class Learner:
     recipe, task      how and what is learnt; the first weights are drawn from torch's generator
     batch_images      samples of a full batch, all ranks together
     seed              of dropout, with the step and the rank
-    init_from         where the first weights come from instead (`load_weights`); `began_from` says what was found
+    init_from         where the first weights come from instead (`task.load_weights`); `began_from`: what was found
     channels_last, recompute   how it is computed: memory format, and activations that are computed again in the
                       backward pass instead of kept
     Before the first step comes `parallelise`.
@@ -85,7 +84,7 @@ class Learner:
             precision = "bfloat16" if device.type == "cuda" else "float32"
         self._computed_in = _COMPUTED_IN.get(precision)
         model = task.create_model()
-        self.began_from = None if init_from is None else load_weights(model, init_from)
+        self.began_from = None if init_from is None else task.load_weights(model, init_from)
         model = model.to(device, self.place.dtype).to(memory_format=self.place.memory_format)
         self.average = RunningAverage(model, recipe.ema_decay)
         synced = recipe.batch_norm == "sync" and ranks.ranks > 1
@@ -93,7 +92,8 @@ class Learner:
         self.optimizer = optim.optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
         self._unscaled = False  # whether the scaler has seen gradients that it is to be updated for
-        self._statistics = [b for b in model.buffers() if b.is_floating_point()]
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._statistics = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
         self._buffers = list(model.buffers())
         self._buffers_before = [b.clone() for b in self._buffers]
         if recompute:
@@ -118,7 +118,11 @@ class Learner:
             found = tree_leaves(self.parallel(*self.task.example(2, place)))
             torch.stack([y.sum() for y in found if isinstance(y, Tensor) and y.requires_grad]).sum().backward()
             self.leave_out()
-        self.forward = torch.compile(self.parallel) if compile_model else self.parallel
+        self.forward: Any = self.parallel
+        if compile_model and hasattr(self.model, "compile_parts"):  # what has static shapes, by the model's own word
+            self.model.compile_parts()  # type: ignore[operator]
+        elif compile_model:
+            self.forward = torch.compile(self.parallel)
 
     def _shard(self) -> None:
         undivided = self.optimizer.state_dict()
@@ -253,8 +257,8 @@ def residual_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for stage in found for block in stage]
 
 
-def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
-    """forward(x), whose activations are computed again in the backward pass; the statistics are updated once."""
+def _recomputed(block: nn.Module, forward: Any, *inputs: Tensor) -> Tensor:
+    """forward(*inputs), whose activations are computed again in the backward pass; the statistics are updated once."""
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
@@ -274,8 +278,8 @@ def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
         return contextlib.nullcontext(), again()
 
     if not torch.is_grad_enabled():
-        return forward(x)
-    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @dataclass

@@ -180,8 +180,7 @@ class _Run:
         self.task, self.batches = task, batches
         self.record, self.folder, self.store = start.record, start.folder, store
         self.at = RunState()
-        self.total_steps = recipe.epochs * len(batches)
-        self.warmup_steps = round(recipe.warmup_epochs * len(batches))
+        self.epochs, self.total_steps, self.warmup_steps = recipe.length(len(batches))
         self.batch_images = min(recipe.batch_images, len(batches.names))
         self.unwritten = 0  # epochs since the one whose weights are on the disk
         self.between_steps = True  # the state is that of a whole number of steps
@@ -196,7 +195,7 @@ class _Run:
             except (KeyError, TypeError, ValueError) as error:
                 raise BadRun(f"the checkpoint of {self.folder} is not one of this version: {error!r}") from error
         self.bad = len(self.batches.bad)
-        at, recipe = self.at, self.recipe
+        at = self.at
         self.record["history"] = at.history
         if self.ranks.first:
             begins = f"goes on after step {at.step} of {self.total_steps}"
@@ -204,7 +203,7 @@ class _Run:
                 begins = "has no checkpoint to go on from and starts at its first step" if asked else "starts"
             on = self.learner.device if self.ranks.ranks == 1 else f"{self.ranks.ranks} processes"
             print(
-                f"{self.task.title}, {recipe.epochs} epochs on {on}: {printable(self.folder)} {begins}",
+                f"{self.task.title}, {self.epochs} epochs on {on}: {printable(self.folder)} {begins}",
                 flush=True,
             )
             self.record["starts"].append({"step": at.step, "ranks": self.ranks.ranks, "versions": versions()})
@@ -221,9 +220,9 @@ class _Run:
             with self.ranks.together():
                 if self.ranks.first:
                     self.log = Log(self.folder, first_step=at.step, tensorboard=self.options.tensorboard)
-                    self.progress = Progress(self.recipe.epochs, len(self.batches) * self.batch_images)
+                    self.progress = Progress(self.epochs, len(self.batches) * self.batch_images)
                     self._write_record()
-            while at.epoch < self.recipe.epochs:
+            while at.epoch < self.epochs:
                 scores = self._epoch()
             if scores is None:  # the last epoch was over when this run was killed
                 scores = self._evaluate()
@@ -239,8 +238,8 @@ class _Run:
             stopped_by_hand = isinstance(error, (KeyboardInterrupt, Terminated))
             self.record["status"] = "interrupted" if stopped_by_hand else "stopped"
             self.record["error"] = repr(error)
-            epoch = min(at.epoch + 1, self.recipe.epochs)
-            error.add_note(f"{self.record['status']} in epoch {epoch} of {self.recipe.epochs}: {self._kept()}")
+            epoch = min(at.epoch + 1, self.epochs)
+            error.add_note(f"{self.record['status']} in epoch {epoch} of {self.epochs}: {self._kept()}")
             all_here = self.ranks.ranks == 1 or given is self.ranks.agreed
             if isinstance(error, Exception) and not isinstance(error, Terminated) and self.between_steps and all_here:
                 error.add_note(self._saved_at_the_end())
@@ -252,11 +251,12 @@ class _Run:
                 if shown is not None:
                     shown.close()
 
-    def _epoch(self) -> Scores:
+    def _epoch(self) -> Scores | None:
+        """Its steps; then what the held-out samples say, if they are asked after this epoch."""
         at = self.at
         train_mode(self.learner.model, self.recipe)
         stream = self.batches.epoch(at.epoch, first_batch=at.batch)
-        while at.batch < len(self.batches):
+        while at.batch < len(self.batches) and at.step < self.total_steps:
             started = time.monotonic()
             batch, wait_s = self._next_batch(stream)
             self.between_steps = False
@@ -264,11 +264,12 @@ class _Run:
             self.between_steps, self.bad = True, len(self.batches.bad)
             at.train_s += time.monotonic() - started
             self.watch.beat()
-        scores = self._evaluate()
-        if not math.isfinite(scores.loss):
+        asked = (at.epoch + 1) % self.recipe.eval_epochs == 0 or at.epoch + 1 == self.epochs
+        scores = self._evaluate() if asked else None
+        if scores is not None and not math.isfinite(scores.loss):
             raise NonFiniteLoss(f"the loss on the held-out images is {scores.loss} after epoch {at.epoch + 1}")
         seen = max(1, at.seen)
-        trained, found = self.task.train_row(at.counts, seen), scores.row()
+        trained, found = self.task.train_row(at.counts, seen), {} if scores is None else scores.row()
         row = {
             "epoch": at.epoch + 1,
             "lr": self._rate(at.step - 1),
@@ -287,7 +288,7 @@ class _Run:
                 self._write_weights()
                 assert self.progress is not None
                 assert self.log is not None
-                self.progress.epoch(row, self.task.said(trained), found[self.task.best])
+                self.progress.epoch(row, self.task.said(trained), found.get(self.task.best))
                 self.log.write(at.step - 1, **found, epoch=at.epoch)
         if any(self._marks()):
             self._save()
@@ -298,7 +299,7 @@ class _Run:
         at, options = self.at, self.options
         if at.batch or not at.history:  # in an epoch, or before its evaluation
             return False, False
-        tops = [row[self.task.best] for row in at.history]
+        tops = [row.get(self.task.best, -math.inf) for row in at.history]
         best = options.keep_best and tops[-1] > max(tops[:-1], default=-math.inf)
         return best, options.milestone_epochs > 0 and at.epoch % options.milestone_epochs == 0
 
@@ -438,7 +439,10 @@ class _Run:
 
     def _rate(self, step: int) -> float:
         peak = self.recipe.peak_lr
-        return optim.learning_rate(step, peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        drops = self.recipe.drops if self.recipe.schedule == "steps" else None
+        return optim.learning_rate(
+            step, peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps, drops=drops
+        )
 
     def _write_weights(self) -> None:
         """The weights as evaluated, and the record. After the last epoch they must be there; before, a full disk costs
@@ -450,7 +454,7 @@ class _Run:
             self._write_record()
         except OSError as error:
             why = self._not_written(f"after epoch {epoch}", error)
-            if epoch == self.recipe.epochs:
+            if epoch == self.epochs:
                 raise BadRun(f"{why}; mend that, then go on with --resume") from error
             to_stderr(f"{why}; tried again after the next epoch")
 

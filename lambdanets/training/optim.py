@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.optim import Lamb, param_groups_weight_decay
@@ -35,18 +36,26 @@ def optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum)
 
 
-def learning_rate(step: int, peak_lr: float, *, warmup_steps: int, total_steps: int) -> float:
+def learning_rate(
+    step: int, peak_lr: float, *, warmup_steps: int, total_steps: int, drops: Sequence[float] | None = None
+) -> float:
     """The rate of that step: linear up to the peak, then half a cosine that reaches 0 after the last step.
 
         (step + 1) / warmup_steps * peak_lr                                               step < warmup_steps
         (1 + cos(pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2 * peak_lr   otherwise
 
+    drops  in place of the cosine: the parts of the run after each of which the rate is a tenth of what it was
+
     step  0 for the first. The warm-up starts at peak_lr / warmup_steps, not at 0, which would waste the first step.
 
     >>> [round(learning_rate(s, 1.0, warmup_steps=2, total_steps=6), 3) for s in range(7)]
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
+    >>> [round(learning_rate(s, 1.0, warmup_steps=2, total_steps=6, drops=(0.5, 0.8)), 3) for s in range(6)]
+    [0.5, 1.0, 1.0, 0.1, 0.1, 0.01]
     """
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps
+    if drops is not None:
+        return peak_lr * 0.1 ** sum(step >= round(drop * total_steps) for drop in drops)
     part = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak_lr * 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))

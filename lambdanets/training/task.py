@@ -128,6 +128,9 @@ class Task(Protocol):
     def create_model(self) -> nn.Module:
         """A new model, with first weights drawn from torch's generator. Raises ValueError for an unknown name."""
 
+    def load_weights(self, model: nn.Module, source: str | Path) -> dict[str, str]:
+        """Start a model from weights of before; gives what run.json keeps: see `runs.weights.load_weights`."""
+
     def example(self, samples: int, place: Place) -> tuple[Any, ...]:
         """Arguments of the model for that many samples, of the right shapes and nothing in them."""
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_learnt_from_is_refused_by_name() -> None:
         model([image], [{k: v for k, v in good.items() if k != "masks"}])
     with pytest.raises(ValueError, match=r"multiples of 64 pixels, and are \(150, 203\)"):
         model(image[None], [good])
-    with pytest.raises(ValueError, match="image 0 is torch.uint8"):
+    with pytest.raises(ValueError, match=r"image 0 is torch\.uint8"):
         model([(image * 255).byte()], [good])
     with pytest.raises(ValueError, match="needs targets"):
         model([image])

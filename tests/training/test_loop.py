@@ -17,6 +17,7 @@ from lambdanets.data.order import Order
 from lambdanets.errors import BadRun
 from lambdanets.recipes.recipe import Options, TrainingRecipe
 from lambdanets.runs import record
+from lambdanets.runs.weights import load_weights
 from lambdanets.training import loop
 from lambdanets.training.task import Found
 
@@ -89,6 +90,9 @@ class Line:
 
     def create_model(self):
         return nn.Linear(1, 1)
+
+    def load_weights(self, model, source):
+        return load_weights(model, source)
 
     def example(self, samples, place):
         return (torch.zeros(samples, 1, dtype=place.dtype, device=place.device),)
