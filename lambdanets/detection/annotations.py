@@ -153,6 +153,11 @@ class _Reader:
 
     def _object(self, held: dict[str, Any]) -> _Row:
         row = len(self.ids)
+        id: Any
+        image: Any
+        category: Any
+        area: Any
+        box: Any
         try:
             id, image, category = held.get("id", -1), held.get("image_id"), held.get("category_id")
             if not type(id) is type(image) is type(category) is int:

@@ -146,7 +146,7 @@ class _Check:
         self.take(self.known & ~usable[self.picture])
         size = np.where(self.known[:, None], sizes[self.picture], 0)
         outlines = outline(of, size)
-        boxes = self.boxes(size, outlines, judged=usable.any())
+        boxes = self.boxes(size, outlines, judged=bool(usable.any()))
         masked = self.masks(size, outlines)
         self.compare(boxes, masked, outlines)
         areas = self.areas(boxes, masked, outlines)

@@ -129,7 +129,7 @@ class CocoImages(Images):
 
 
 def coco_images(kept: Kept, pictures: _Array | None = None) -> CocoImages:
-    """The pictures that `check_file` has kept, or those at these places of the file alone (int64), in the file's order."""
+    """The pictures that `check_file` has kept, or of them those at these places of the file (int64)."""
     of = kept.of
     places = kept.pictures if pictures is None else pictures
     number = np.full(len(of.names), -1, np.int64)

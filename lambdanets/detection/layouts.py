@@ -101,7 +101,7 @@ def look_at_coco(
     """As `open_coco`, but errors are among the findings; what they are about is left out of the parts."""
     sources = _sources(data, annotations, images)
     findings = Findings()
-    parts = ("train", "val") if len(sources) == 2 else ("",)
+    parts = ["train", "val"] if len(sources) == 2 else [""]
     files = [read_annotations(source.file) for source in sources]
     for of, part in zip(files, parts, strict=True):
         check_names(of, part, findings)

@@ -113,7 +113,7 @@ def header(path: Path) -> tuple[int, int, bool]:
     try:
         with warnings.catch_warnings(), open_file(path) as file:
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=_FORMATS) as image:  # type: ignore[arg-type]
+            with Image.open(file, formats=_FORMATS) as image:
                 width, height = image.size
                 try:
                     turned = image.getexif().get(0x0112, 1) in _ON_ITS_SIDE

@@ -1,7 +1,7 @@
 """COCO's compressed run lengths to numbers and back, without drawing a mask; bytes of unknown origin are checked.
 
-A mask is read down its columns; runs of 0 and 1 alternate, a run of 0 first. Each run beyond the third is written as the
-difference to the one two before, in digits of 5 bits, the lowest first; bit 32 says that more follow.
+A mask is read down its columns; runs of 0 and 1 alternate, a run of 0 first. Each run beyond the third is written as
+the difference to the one two before, in digits of 5 bits, the lowest first; the bit 32 says that more follow.
 """
 
 from __future__ import annotations
