@@ -87,6 +87,10 @@ class CocoImages(Images):
             [self._segmentation(row) for row in rows.tolist()],
         )
 
+    def whole(self) -> CocoImages:
+        """All pictures of the file, of which this may be one part of a split."""
+        return coco_images(self._kept)
+
     def _segmentation(self, row: int) -> Segmentation:
         kept, of = self._kept, self._kept.of
         if not kept.masked[row]:

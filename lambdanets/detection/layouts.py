@@ -14,10 +14,11 @@ import numpy as np
 from lambdanets.data.order import hash_of, natural
 from lambdanets.detection.annotations import Annotations, read_annotations
 from lambdanets.detection.check import Category, Kept, Wishes, check_file, check_names
-from lambdanets.detection.coco import CocoImages, coco_images
+from lambdanets.detection.coco import CocoImages, coco_images, write_clean
 from lambdanets.detection.findings import Findings
 from lambdanets.detection.pictures import same_pictures
 from lambdanets.errors import BadData, DiskFault, printable, some
+from lambdanets.files import read_file
 
 VAL_FRAC = 0.1
 LAYOUTS = """DIR/annotations/instances_{train,val}2017.json with DIR/train2017/ and DIR/val2017/ (COCO's own)
@@ -25,6 +26,8 @@ DIR/{train,valid}/_annotations.coco.json beside the pictures (Roboflow's)
 DIR/{train,val}.json with DIR/images/
 one JSON file alone, given itself or in DIR, with images/ beside it or the pictures: a tenth is held out"""
 
+# Errors about a file as a whole; of all others something can be left out.
+_NOT_MENDED = ("D3", "D4", "D5", "D18", "R75")
 _ROBOFLOW = "_annotations.coco.json"
 _HELD_OUT = ("valid", "val", "validation")
 _INSTANCES = re.compile(r"instances_(train|val)(\w*)\.json")
@@ -148,6 +151,43 @@ def every_picture(
 
 def _counted(images: CocoImages) -> str:
     return f"{len(images):,} pictures with {images.n_objects:,} objects and {images.n_crowds:,} crowds"
+
+
+def read_class_names(file: str | Path) -> list[str]:
+    """Class names, one a line; empty lines are passed over. Raises BadData."""
+    try:
+        lines = read_file(file, 1 << 20).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadData(f"{file} cannot be read as class names, one a line: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def write_fixed(found: CocoData, out: str | Path) -> str:
+    """Writes a data set without what was found wrong, in one of LAYOUTS: clean files, and links to the pictures.
+
+    out  a new or empty folder
+    Gives a sentence on what was written. Raises BadData for what cannot be mended by leaving something out.
+    """
+    out = Path(out)
+    if left := [row for row in found.findings.errors if row.id in _NOT_MENDED]:
+        raise BadData(f"--fix cannot mend {some(f'{row.id} ({row.what})' for row in left)}: correct that first")
+    train, val = found.train, found.val
+    one = train.file == val.file
+    places = [("annotations.json", "images")] if one else [
+        ("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")
+    ]  # fmt: skip
+    written = []
+    try:
+        (out if one else out / "annotations").mkdir(parents=True, exist_ok=True)
+        if any(name != "annotations" for name in os.listdir(out)) or (not one and os.listdir(out / "annotations")):
+            raise BadData(f"{out} is not empty: --fix takes a new folder")
+        for (name, pictures), part in zip(places, [train.whole()] if one else [train, val], strict=True):
+            os.symlink(part.root.resolve(), out / pictures, target_is_directory=True)
+            write_clean(part, out / name)
+            written.append(f"{out / name}: {_counted(part)}")
+    except OSError as error:
+        raise BadData(f"{out} cannot be written: {error}") from error
+    return f"written, with links to the pictures: {'; '.join(written)}. Use it as --data {out}"
 
 
 # ---- where things lie
