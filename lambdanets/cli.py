@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lambdanets import __version__
-from lambdanets.commands import demo, evaluate, index, models, pack, plan, predict, report, train
+from lambdanets.commands import check, demo, evaluate, index, models, pack, plan, predict, report, train
 from lambdanets.errors import EXIT_CODES_TEXT, exit_code, lost_reader, printable_text
 
 
@@ -117,6 +117,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "predict": (predict, "classify image files with a run"),
     "evaluate": (evaluate, "a run's accuracy on a folder of images"),
     "report": (report, "curves, mistakes and speed of a run in one HTML file"),
+    "check": (check, "look for what is wrong with a COCO data set"),
     "pack": (pack, "pack a folder of images into tar shards"),
     "index": (index, "index tar shards, or verify them"),
     "models": (models, "list the models"),

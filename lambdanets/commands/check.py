@@ -1,0 +1,51 @@
+"""`lambdanets check`."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from lambdanets.errors import EXIT_CODES_TEXT, BadData, printable_text
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Look for what is wrong with a COCO data set, without training: a table of cases, each with what "
+        "is done about it, how often it is met, and the first ten names.",
+        epilog=EXIT_CODES_TEXT,
+    )
+    parser.add_argument("data", type=str, nargs="?", metavar="DATA", help="as for `lambdanets train --data`")
+    parser.add_argument("--annotations", type=str, metavar="FILE", help="one COCO file, in any place, instead of DATA")
+    parser.add_argument("--images-dir", type=str, metavar="DIR", help="where its file names start (else: beside it)")
+    parser.add_argument("--all-images", action="store_true", help="compare the size of every picture, not of 1,000")
+    parser.add_argument("--skip-missing", action="store_true", help="pictures that are missing are no error")
+    parser.add_argument("--image-px", type=PositiveInt, metavar="N", help="of the run: which objects are too small?")
+    parser.add_argument("--detections", type=PositiveInt, metavar="N", help="most per picture of the run")
+    parser.add_argument("--class-names", type=str, metavar="FILE", help="the classes wanted, a line each")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the split, where one file is all there is")
+    parser.add_argument("--fix", type=str, metavar="OUT", help="a new folder for a copy without what is wrong")
+    return parser
+
+
+def run(given: Namespace) -> int:
+    from lambdanets.detection.check import Wishes
+    from lambdanets.detection.layouts import look_at_coco, read_class_names, write_fixed
+
+    if (given.data is None) == (given.annotations is None):
+        raise BadData("lambdanets check takes DATA or --annotations FILE, one of the two")
+    found = look_at_coco(
+        given.data,
+        annotations=given.annotations,
+        images=given.images_dir,
+        seed=given.seed,
+        class_names=None if given.class_names is None else read_class_names(given.class_names),
+        wishes=Wishes(given.skip_missing, given.all_images, given.image_px, given.detections),
+    )
+    wrong = len(found.findings.errors)
+    if len(found.findings):
+        print(printable_text(found.findings.table()))
+    print(printable_text(f"{wrong} errors, {len(found.findings) - wrong} other findings. {found.how}"))
+    if given.fix is not None:
+        print(printable_text(write_fixed(found, given.fix)))
+        return 0
+    return 2 if wrong else 0

@@ -1,0 +1,361 @@
+"""What a COCO file says is looked at before anything is trained on it: every case known to bite becomes a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lambdanets.detection.annotations import EMPTY, NO_MASK, ODD, POLYGONS, RUN_LENGTHS, SHORT, SOUND, Annotations
+from lambdanets.detection.findings import Findings, Severity
+from lambdanets.detection.outlines import (
+    BROKEN,
+    FAR_OUTSIDE,
+    FINE,
+    NO_AREA,
+    NOT_FINITE,
+    WRONG_SUM,
+    Outlines,
+    holes,
+    outline,
+)
+from lambdanets.detection.pictures import look_at_pictures
+
+SMALL_PX = 8
+"""An object of less, as the model sees it, is lost in the first stages."""
+
+_Array = np.ndarray[Any, Any]
+_FAULTS = {
+    EMPTY: "are empty",
+    SHORT: "have fewer than three points",
+    ODD: "have an odd number of coordinates",
+    NOT_FINITE: "have a coordinate that is NaN or infinite",
+    NO_AREA: "have no area",
+    FAR_OUTSIDE: "lie far outside the picture",
+}
+_RUN_FAULTS = {
+    BROKEN: ("D9", "run lengths that cannot be read"),
+    WRONG_SUM: ("D9", "run lengths whose sum is not height x width"),
+    NO_AREA: ("R76", "masks of run lengths without a pixel"),
+}
+
+
+class Category(NamedTuple):
+    """A class, with the id that the data set gives it."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How strictly it is looked, and for what run.
+
+    skip_missing  pictures that are not there are left out, counted; else they are an error
+    all_headers   the size of every picture is compared, not of a thousand
+    image_px      of the run, for objects that are too small then (D16); None: not looked at
+    detections    most per picture of the run (D17); None: not looked at
+    """
+
+    skip_missing: bool = False
+    all_headers: bool = False
+    image_px: int | None = None
+    detections: int | None = None
+
+
+class Kept(NamedTuple):
+    """What of a file can be used; the columns are those of `Annotations`, an entry an object of the file.
+
+    pictures    int64, the pictures that are used, positions in the file
+    sizes       int64 (pictures of the file, 2) height, width px
+    rows        int64, the objects that are used, in the file's order
+    pictures_of int64: the picture of each object, a position in the file
+    labels      int64, 1..len(categories)
+    boxes       float64 (., 4) x0, y0, x1, y1 px, within the picture
+    areas       float64 px
+    ids         int64, unique
+    masked      bool: the object has a mask
+    faults      uint8 (polygons,): 0 for those that are used
+    categories  label l is categories[l - 1]
+    """
+
+    of: Annotations
+    root: Path
+    pictures: _Array
+    sizes: _Array
+    rows: _Array
+    pictures_of: _Array
+    labels: _Array
+    boxes: _Array
+    areas: _Array
+    ids: _Array
+    masked: _Array
+    faults: _Array
+    categories: tuple[Category, ...]
+
+
+def check_file(
+    of: Annotations,
+    root: Path,
+    part: str,
+    categories: tuple[Category, ...],
+    findings: Findings,
+    wishes: Wishes = Wishes(),  # frozen
+) -> Kept:
+    """Adds what is wrong with a file to `findings`; gives what is left without it.
+
+    root        of the pictures
+    part        "train" or "val", as the findings name it
+    categories  those whose objects are used, in the order of the labels, with the file's own ids
+    """
+    return _Check(of, part, findings).kept(root, categories, wishes)
+
+
+class _Check:
+    def __init__(self, of: Annotations, part: str, findings: Findings) -> None:
+        self.of, self.part, self.findings = of, part, findings
+        self.alive = np.zeros(len(of.ids), bool)
+        self.alive[of.rows] = True
+        self.picture, self.known = _places(of.images, of.image_ids)
+
+    def add(self, id: str, what: str, action: str, severity: Severity, rows: _Array, *, of: str = "objects") -> None:
+        self.findings.add(id, self.part, f"{of} {what}".strip(), action, severity, len(rows), map(self.name, rows))
+
+    def name(self, row: int) -> str:
+        picture = self.of.names[self.picture[row]] if self.known[row] else f"image_id {self.of.images[row]}"
+        return f"{picture} #{self.of.ids[row]}" if self.of.ids[row] >= 0 else picture
+
+    def take(self, wrong: _Array) -> _Array:
+        """Those of these objects that are still there, which they are no longer."""
+        rows = self.of.rows[(wrong & self.alive)[self.of.rows]]
+        self.alive[rows] = False
+        return rows
+
+    def seen(self, wrong: _Array) -> _Array:
+        return self.of.rows[(wrong & self.alive)[self.of.rows]]
+
+    def kept(self, root: Path, categories: tuple[Category, ...], wishes: Wishes) -> Kept:
+        of = self.of
+        usable, sizes = look_at_pictures(of, root, self.part, self.findings, wishes.skip_missing, wishes.all_headers)
+        labels = self.labels(categories)
+        if (lost := self.take(~self.known)).size:
+            self.add("R78", "of a picture that the file does not list", "correct image_id", "error", lost)
+        self.take(self.known & ~usable[self.picture])
+        size = np.where(self.known[:, None], sizes[self.picture], 0)
+        outlines = outline(of, size)
+        boxes = self.boxes(size, outlines, judged=bool(usable.any()))
+        masked = self.masks(size, outlines)
+        self.compare(boxes, masked, outlines)
+        areas = self.areas(boxes, masked, outlines)
+        ids = self.ids()
+        self.take(labels == 0)
+        rows = self.seen(self.alive)
+        kept = Kept(
+            of, root, np.flatnonzero(usable), sizes, rows, self.picture, labels, boxes, areas, ids, masked,
+            outlines.faults, categories,
+        )  # fmt: skip
+        self.totals(kept, wishes)
+        return kept
+
+    def labels(self, categories: tuple[Category, ...]) -> _Array:
+        """Label of each object, 0 where its category is left out; objects of unknown categories are gone after."""
+        ids = self.of.category_ids
+        place, known = _places(self.of.categories, ids)
+        if (lost := self.take(~known)).size:
+            unknown = sorted({int(id) for id in self.of.categories[lost]})[:10]
+            self.add(
+                "R78", f"of categories that the file does not list {unknown}", "correct category_id", "error", lost
+            )
+        label_of = {category.id: label for label, category in enumerate(categories, 1)}
+        label = np.array([label_of.get(int(id), 0) for id in ids], np.int64)
+        labels = np.where(known, label[place], 0)
+        if (others := self.seen(labels == 0)).size:
+            names = [self.of.category_names[at] for at in np.flatnonzero(label == 0)]
+            what = "objects of classes that were not asked for"
+            self.findings.add("D1", self.part, what, "left out", "dropped", len(others), names)
+        return labels
+
+    def boxes(self, size: _Array, outlines: Outlines, *, judged: bool) -> _Array:
+        """x0, y0, x1, y1 within the picture."""
+        of, high, wide = self.of, size[:, 0].astype(float), size[:, 1].astype(float)
+        if (made := self.seen(~of.boxed & np.isfinite(outlines.bounds[:, 0]))).size:
+            self.add("D13", "without a box", "it is taken around the mask", "warning", made)
+        if (bare := self.take(~of.boxed & ~np.isfinite(outlines.bounds[:, 0]))).size:
+            self.add("R71", "without a box or a mask", "left out", "dropped", bare)
+        if (odd := self.take(of.boxed & ~np.isfinite(of.boxes).all(axis=1))).size:
+            self.add("R72", "with a box that is NaN or infinite", "correct or remove them", "error", odd)
+        x, y, w, h = of.boxes.T
+        with np.errstate(invalid="ignore", over="ignore"):
+            boxes = np.stack([x, y, x + w, y + h], axis=1)
+            given = self.alive & of.boxed
+            if given.any() and judged and (given & (wide > 2) & (high > 2)).any():
+                unit = ((of.boxes[given] >= 0) & (of.boxes[given] <= 1)).all()
+                if unit:
+                    page = "see docs/detection.md, YOLO: multiply by width and height, x and y are the corner's"
+                    what = "with a box within 0..1, as all are: normalised, not pixels"
+                    self.add("D5", what, page, "error", self.seen(given))
+                over = given & (size[:, 0] > 0) & ((boxes[:, 2] > wide + 1) | (boxes[:, 3] > high + 1))
+                corners = (w > x) & (h > y) & (w <= wide + 1) & (h <= high + 1) & (x >= 0) & (y >= 0)
+                if over.sum() > 0.05 * given.sum() and corners[given].all():
+                    what = "with a box over the edge as x, y, width, height, and none as x0, y0, x1, y1"
+                    self.add("D4", what, "write width and height, not the second corner", "error", self.seen(over))
+            if (flat := self.take(of.boxed & ((w <= 0) | (h <= 0)))).size:
+                self.add("R71", "with a box without area", "left out", "dropped", flat)
+        boxes = np.where(of.boxed[:, None], boxes, outlines.bounds)
+        edge = np.stack([wide, high, wide, high], axis=1)
+        with np.errstate(invalid="ignore"):
+            clipped = np.clip(boxes, 0, edge)
+            sides, before = clipped[:, 2:] - clipped[:, :2], boxes[:, 2:] - boxes[:, :2]
+            outside = self.alive & (np.abs(boxes - clipped) > 1).any(axis=1)
+            gone = ((sides < 1) & (sides < before)).any(axis=1) | (sides <= 0).any(axis=1)
+        if (lost := self.take(gone)).size:
+            self.add("R73", "with less than 1 px of their box within the picture", "left out", "dropped", lost)
+        if (cut := self.seen(outside)).size:
+            self.add("R73", "with a box over the edge of the picture", "clipped", "warning", cut)
+        return clipped
+
+    def masks(self, size: _Array, outlines: Outlines) -> _Array:
+        """Which objects have a mask that can be used."""
+        of, n = self.of, len(self.of.ids)
+        owner = np.repeat(np.arange(n), np.diff(of.polygon_starts))
+        there = self.alive[owner]
+        for fault, what in _FAULTS.items():
+            wrong = owner[there & (outlines.faults == fault)]
+            self.add("R76", f"that {what}", "the polygon is left out", "dropped", wrong, of="polygons")
+        for fault, (id, what) in _RUN_FAULTS.items():
+            wrong = self.seen(outlines.run_faults == fault)
+            self.add(id, what, "the mask is left out, the box stays", "dropped", wrong, of="")
+        runs = of.kinds == RUN_LENGTHS
+        other = self.take(runs & (outlines.run_faults == FINE) & (of.run_sizes != size).any(axis=1))
+        self.add("R79", "with run lengths of another size than their picture", "correct one of the two", "error", other)
+        self.add(
+            "D7", "with one flat list of numbers as polygons", "read as one polygon", "warning", self.seen(of.flat)
+        )
+        polygons = (of.kinds == POLYGONS) & (np.bincount(owner[outlines.faults == SOUND], minlength=n) > 0)
+        masked = polygons | (runs & (outlines.run_faults == FINE))
+        bare = self.seen(of.kinds == NO_MASK)
+        if bare.size == self.alive.sum():
+            self.add("D6", "and none with a mask", "boxes alone can be learnt (--boxes-only)", "warning", bare)
+        else:
+            self.add("D6", "without a mask", "no mask loss for them", "warning", bare)
+        nested = np.array(holes(of, outlines, self.seen(polygons)), np.int64)
+        what = "with a polygon inside another, maybe meant as a hole"
+        self.add("D10", what, "both are filled; a hole needs run lengths (RLE)", "warning", nested)
+        self.add("R74", "that are crowds", "not trained on, ignored in AP", "warning", self.seen(of.crowd))
+        crowds = self.seen(of.crowd & (of.kinds == POLYGONS))
+        if crowds.size > 0.2 * self.alive.sum():
+            what = "with iscrowd 1 and polygons, as some tools write for all"
+            self.add("D11", what, "not trained on; write iscrowd 0 for single objects", "warning", crowds)
+        return masked
+
+    def compare(self, boxes: _Array, masked: _Array, outlines: Outlines) -> None:
+        both = self.alive & masked & self.of.boxed
+        with np.errstate(invalid="ignore"):
+            low, high = (
+                np.maximum(boxes[:, :2], outlines.bounds[:, :2]),
+                np.minimum(boxes[:, 2:], outlines.bounds[:, 2:]),
+            )
+            common = np.clip(high - low, 0, None).prod(axis=1)
+            own = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+            union = own + (outlines.bounds[:, 2:] - outlines.bounds[:, :2]).prod(axis=1) - common
+            apart = both & (common < 0.5 * union)
+        what = "whose box and mask disagree (IoU of the boxes below 0.5)"
+        self.add("D8", what, "training takes the box around the mask", "warning", self.seen(apart))
+
+    def areas(self, boxes: _Array, masked: _Array, outlines: Outlines) -> _Array:
+        given, of_box = self.of.areas, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        area = np.where(masked, outlines.areas, of_box)
+        with np.errstate(invalid="ignore"):
+            wrong = ~np.isfinite(given) | (given <= 0) | ((given > 2 * area) & (given - area > 4))
+            wrong |= masked & (given < area / 2) & (area - given > 4)
+        what, action = "whose area is missing, or wrong by more than 2x", "computed from the mask, else the box"
+        self.add("D13", what, action, "warning", self.seen(wrong))
+        return np.where(wrong, area, given)
+
+    def ids(self) -> _Array:
+        """Unique ids, above 0."""
+        ids = self.of.ids.copy()
+        absent = self.seen(ids <= 0)  # 0 is "unmatched" to pycocotools
+        self.add("D14", "without an id above 0", "ids are made", "warning", absent)
+        here = self.seen(ids > 0)
+        order = here[np.argsort(ids[here], kind="stable")]
+        again = np.sort(order[1:][ids[order[1:]] == ids[order[:-1]]])
+        self.add("R77", "whose id another object has", "give each its own id", "error", again)
+        if self.of.texts:
+            what = "ids that are written as text"
+            self.findings.add("D14", self.part, what, "read as numbers", "warning", self.of.texts)
+        new = np.concatenate([absent, again])
+        ids[new] = max(0, int(ids[here].max(initial=0))) + 1 + np.arange(len(new))
+        return ids
+
+    def totals(self, kept: Kept, wishes: Wishes) -> None:
+        of, add, part = self.of, self.findings.add, self.part
+        single = kept.rows[~of.crowd[kept.rows]]
+        counts = np.bincount(kept.pictures_of[single], minlength=len(of.names))
+        without = kept.pictures[counts[kept.pictures] == 0]
+        if not single.size:
+            if part == "val":
+                what, action = "pictures and no object among them", "AP is -1 by definition: hold out some objects"
+                add("D18", part, what, action, "error", max(1, len(kept.pictures)))
+            else:
+                what, action = "pictures and no object that can be trained on", "annotate some, or see the rows here"
+                add("R75", part, what, action, "error", max(1, len(kept.pictures)))
+        else:
+            names = (of.names[at] for at in without)
+            add(
+                "R75",
+                part,
+                "pictures without objects",
+                "kept: nothing is to be found there",
+                "warning",
+                len(without),
+                names,
+            )
+        used = np.bincount(kept.labels[single], minlength=len(kept.categories) + 1)[1:] > 0
+        idle = [category.name for category, has in zip(kept.categories, used, strict=True) if not has]
+        if single.size:
+            add("D2", part, "categories without objects", "kept; no part of the mean AP", "warning", len(idle), idle)
+        if wishes.image_px and single.size:
+            self.small(kept, single, wishes.image_px)
+        if wishes.detections:
+            many = kept.pictures[counts[kept.pictures] > wishes.detections]
+            what, names = f"pictures with more than {wishes.detections:,} objects", (of.names[at] for at in many)
+            action = f"AR is capped there: --detections {int(counts.max())} finds them all"
+            add("D17", part, what, action, "warning", len(many), names)
+
+    def small(self, kept: Kept, single: _Array, image_px: int) -> None:
+        boxes = kept.boxes[single]
+        long_side = kept.sizes[kept.pictures_of[single]].max(axis=1)
+        side = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)) / long_side
+        tiny = single[side * image_px < SMALL_PX]
+        action = "they are hardly found"
+        if tiny.size > 0.3 * single.size:
+            wanted = -(-SMALL_PX / float(np.quantile(side, 0.3)) // 64) * 64
+            action = f"over 30 %: --image-px {wanted:.0f} leaves 30 %, or cut the pictures into tiles"
+        self.add("D16", f"of less than {SMALL_PX} px at --image-px {image_px}", action, "warning", tiny)
+
+
+def _places(of: _Array, ids: _Array) -> tuple[_Array, _Array]:
+    """Where each number stands in `ids`, the first such place, and whether it does."""
+    order = np.argsort(ids, kind="stable")
+    place = order[np.minimum(np.searchsorted(ids[order], of), len(ids) - 1)]
+    return place, ids[place] == of
+
+
+def check_names(of: Annotations, part: str, findings: Findings) -> None:
+    """The categories of a file by themselves: an id or a name that comes twice is an error (D3)."""
+    for what, held in (("ids", of.category_ids.tolist()), ("names", of.category_names)):
+        again = _twice(held)
+        findings.add(
+            "D3", part, f"category {what} that come twice", "each category needs its own", "error", len(again), again
+        )
+
+
+def _twice(held: Iterable[Any]) -> list[Any]:
+    seen: dict[Any, int] = {}
+    for one in held:
+        seen[one] = seen.get(one, 0) + 1
+    return [one for one, times in seen.items() if times > 1]
