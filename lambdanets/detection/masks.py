@@ -47,7 +47,10 @@ def decode(counts: bytes, height: int, width: int) -> Pixels:
     >>> decode(b"22", 2, 2).tolist()
     [[0, 1], [0, 1]]
     """
-    decoded: Pixels = _library().decode({"size": [height, width], "counts": counts})
+    try:
+        decoded: Pixels = _library().decode({"size": [height, width], "counts": counts})
+    except RuntimeError as error:  # the library's, where a number is cut off
+        raise ValueError(str(error)) from error
     return decoded
 
 

@@ -52,7 +52,7 @@ def test_what_is_no_mask_is_refused_by_its_shape(shape):
         encode(np.zeros(shape))
 
 
-@pytest.mark.parametrize("counts", [b"", b"zzz", b"1" * 50])
+@pytest.mark.parametrize("counts", [b"", b"zzz", b"1" * 50, b"\xff\xff"])
 def test_run_lengths_of_another_size_are_refused(counts):
     with pytest.raises(ValueError, match="RLE"):
         decode(counts, 5, 5)
