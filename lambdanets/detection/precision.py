@@ -109,6 +109,20 @@ class Precision:
             "curve_iou50": {"recall": list(RECALLS), "precision": list(self.curve)},
         }
 
+    @classmethod
+    def read(cls, held: Mapping[str, Any]) -> Precision:
+        """What `json` gave, or a file with it. Raises ValueError, KeyError or TypeError for anything else."""
+        most = int(held["max_detections"][2])
+        names = [name for name in held if name.startswith(("ap", "ar"))]
+        if not {"ap", "ap50", "ap75"} <= set(names) or held["kind"] not in ("bbox", "segm"):
+            raise ValueError("it has no 'kind', 'ap', 'ap50' and 'ap75' of average precision")
+        numbers = {name: -1.0 if held[name] is None else float(held[name]) for name in names}
+        rows: list[dict[str, Any]] = [
+            {name: -1.0 if value is None else value for name, value in row.items()} for row in held["by_class"]
+        ]
+        curve = tuple(float(value) for value in held["curve_iou50"]["precision"])
+        return cls(held["kind"], most, numbers, tuple(OfClass(**row) for row in rows), curve)
+
 
 def _known(value: float) -> float | None:
     return None if value < 0 else value

@@ -98,6 +98,11 @@ class Weights:
     def _wanted(self) -> dict[str, str]:
         return {name: name for name in self._tensors} if self._names is None else self._names
 
+    def rename(self, names: dict[str, str]) -> None:
+        """Take these tensors under other names: a model's name -> the name they have now."""
+        held = self._wanted()
+        self._names = {ours: held[theirs] for ours, theirs in names.items()}
+
     def _read_header(self) -> None:
         try:
             head = self._opened.read(8)
