@@ -51,7 +51,7 @@ def test_run_lengths_areas_and_boxes_equal_those_of_pycocotools_on_300_masks() -
     runs = read_runs(np.frombuffer(b"".join(content), np.uint8), np.cumsum([0, *map(len, content)]))
     assert runs.sound.all()
     assert runs.sums().tolist() == [mask.size for mask in drawn]
-    assert runs.areas().tolist() == oracle.area(codes).tolist()
+    assert runs.areas().tolist() == [mask.sum() for mask in drawn]
     bounds = runs.bounds(np.array([len(mask) for mask in drawn]))
     for at, code in enumerate(codes):
         assert compressed(runs.lengths[runs.starts[at] : runs.starts[at + 1]]) == code["counts"]
