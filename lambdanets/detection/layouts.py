@@ -32,6 +32,7 @@ _ROBOFLOW = "_annotations.coco.json"
 _HELD_OUT = ("valid", "val", "validation")
 _INSTANCES = re.compile(r"instances_(train|val)(\w*)\.json")
 _HEAD_BYTES = 1 << 16
+_SEEN = 500
 _KEYS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 
 
@@ -302,11 +303,12 @@ def _nothing(path: Path) -> str:
 
 
 def _other_format(path: Path, names: list[str]) -> str | None:
-    """The first sign of LabelMe, Pascal VOC or YOLO in a folder and those below it."""
-    seen = [path / name for name in names[:200]]
-    seen += [place / name for place in seen[:20] if place.is_dir() for name in _names(place)[:200]]
-    seen += [place / name for place in seen[20:40] if place.is_dir() for name in _names(place)[:200]]
-    for file in seen:
+    """The first sign of LabelMe, Pascal VOC or YOLO in a folder and two below it; a few hundred files are looked at."""
+    seen = level = [path / name for name in names[:_SEEN]]
+    for _ in range(2):
+        level = [place / name for place in level[:20] if place.is_dir() for name in _names(place)[:20]]
+        seen = seen + level
+    for file in seen[:_SEEN]:
         suffix = file.suffix.lower()
         if suffix not in (".json", ".xml", ".txt", ".yaml", ".yml"):
             continue
