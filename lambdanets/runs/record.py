@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lambdanets import __version__
 from lambdanets.errors import BadRun
-from lambdanets.files import field, read_json
+from lambdanets.files import field, present, read_json
 from lambdanets.recipes.recipe import TrainingRecipe
 
 RUN_JSON = "run.json"
@@ -22,6 +22,17 @@ _ROW = ("lr", "train_loss", "val_loss", "train_s", "images_per_s")
 _DEEPEST = 8  # levels of run.json; train writes five
 
 R = TypeVar("R", bound=TrainingRecipe)
+
+
+def begun_task(folder: str | Path) -> str | None:
+    """The kind of task of the run in a folder; None where none has begun. Raises BadRun, OSError."""
+    path = Path(folder) / RUN_JSON
+    if not present(path):
+        return None
+    try:
+        return str(_optional(read_json(path), "task", str, "classification"))
+    except ValueError as error:
+        raise BadRun(f"{path} is not a run of lambdanets {__version__}: {error}") from error
 
 
 def read_record(
