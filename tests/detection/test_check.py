@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -467,3 +469,15 @@ def test_pictures_are_read_upright(tmp_path) -> None:
     file = io.BytesIO()
     found.train.load(1).save(file, "PNG")
     assert found.train.load(1).getpixel((0, 0)) == (2, 0, 7)
+
+
+def test_check_takes_any_file_and_the_classes_wanted_and_imports_no_torch(tmp_path) -> None:
+    draw(tmp_path / "pictures", held(20))
+    file = write(tmp_path / "labels.json", held(20))
+    names = write(tmp_path / "names.txt", "dog\n")
+    words = ["check", "--annotations", file, "--images-dir", tmp_path / "pictures", "--class-names", names]
+    code = "import sys; from lambdanets.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("0 False\n"), done.stdout + done.stderr
+    assert "20 objects of classes that were not asked for: left out" in done.stdout
+    assert "of 1 classes" in done.stdout

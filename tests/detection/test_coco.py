@@ -42,7 +42,7 @@ def masks(n: int) -> list[np.ndarray]:
     return found
 
 
-def test_run_lengths_areas_and_boxes_equal_those_of_pycocotools_on_300_masks() -> None:
+def test_run_lengths_and_boxes_equal_those_of_pycocotools_and_areas_the_pixels_of_300_masks() -> None:
     from pycocotools import mask as oracle
 
     drawn = masks(300)
@@ -261,7 +261,7 @@ def test_a_layout_of_two_parts_is_recognised(layout, tmp_path) -> None:
         "out, of 2 classes"
     )
     assert found.train.load(0).size == (WIDE, HIGH)
-    held_out, how = every_picture(tmp_path)
+    held_out, how, _ = every_picture(tmp_path)
     assert held_out.names == ["50.png", "51.png"]
     assert "2 pictures" in how
 
@@ -312,6 +312,34 @@ def test_any_file_and_any_folder_of_pictures_can_be_named(tmp_path) -> None:
         open_coco(None, annotations=file, images=tmp_path / "somewhere")
     with pytest.raises(BadData, match="no folder"):
         open_coco(None, annotations=file, images=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix", "pictures"),
+    [
+        ("annotations/instances_default.json", "", "images"),  # CVAT
+        ("result.json", "images/", "images"),  # Label Studio
+        ("annotations/all.json", "", "."),
+        ("labels.json", "", "."),
+    ],
+)
+def test_a_file_as_tools_export_it_finds_its_pictures(file, prefix, pictures, tmp_path) -> None:
+    content = held(20)
+    draw(tmp_path / pictures, content)
+    for picture in content["images"]:
+        picture["file_name"] = prefix + picture["file_name"]
+    write(tmp_path / file, content)
+    assert is_coco(tmp_path)
+    found = open_coco(tmp_path)
+    assert len(found.train) + len(found.val) == 20
+
+
+def test_two_years_at_once_are_coco_data_and_an_error_that_asks_which(tmp_path) -> None:
+    for year in (2014, 2017):
+        write(tmp_path / f"annotations/instances_train{year}.json", held())
+    assert is_coco(tmp_path)
+    with pytest.raises(BadData, match=r"instances_train2014.json, instances_train2017.json: which one"):
+        open_coco(tmp_path)
 
 
 OTHERS = {
@@ -372,7 +400,7 @@ def test_a_class_that_the_held_out_file_lacks_keeps_its_label_and_one_that_train
     found = open_coco(pair(tmp_path / "a", held(), val))
     assert found.val.classes == ("cat", "dog")
     assert found.val.objects(0).labels.tolist() == [2, 2]
-    assert found.val.categories == (Category(8, "cat"), Category(3, "dog"))  # 3 is dog there
+    assert found.val.categories == (Category(4, "cat"), Category(3, "dog"))  # 3 is dog there
     val["categories"][0]["name"] = "cow"
     with pytest.raises(BadData, match=r"D3 .*1 categories of objects that the training file does not have"):
         open_coco(pair(tmp_path / "b", held(), val))
@@ -394,6 +422,17 @@ def test_class_names_choose_and_order_the_classes_and_what_is_left_out_is_counte
     for names in (["cow"], [], ["cat", "cat"]):
         with pytest.raises(BadData, match=r"has no classes cow: it has cat, dog|expected one or more, each once"):
             open_coco(tmp_path, class_names=names)
+
+
+def test_a_run_is_judged_by_the_classes_that_its_names_share_with_the_data(tmp_path) -> None:
+    one_file(tmp_path, held())
+    found, how, findings = every_picture(tmp_path, class_names=["cow", "dog"])
+    assert found.categories == (Category(8, "cow"), Category(7, "dog"))
+    assert found.objects(0).labels.tolist() == [2]
+    assert "4 pictures with 4 objects" in how
+    assert [(row.id, row.count, row.names) for row in findings] == [("D1", 4, ("cat",)), ("D2", 1, ("cow",))]
+    with pytest.raises(BadData, match="none of the classes: its classes are dog, cat, those asked for cow"):
+        every_picture(tmp_path, class_names=["cow"])
 
 
 def test_class_names_are_read_from_lines(tmp_path) -> None:
