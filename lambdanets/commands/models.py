@@ -6,9 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Every model: parameters, those of a detector of 80 classes on it, GFLOPs."
-    )
+    parser = ArgumentParser(description="Every model: parameters, those of a detector of 80 classes on it, GFLOPs.")
     return parser
 
 
