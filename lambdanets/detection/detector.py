@@ -191,7 +191,9 @@ class Detector(nn.Module):
         found, _ = self.roi_heads.of_maps(maps, proposals, None)
         return found
 
-    def _judged(self, maps: Maps, targets: Sequence[dict[str, Tensor]], seeds: Sequence[int]) -> list[dict[str, Tensor]]:
+    def _judged(
+        self, maps: Maps, targets: Sequence[dict[str, Tensor]], seeds: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
         """The five losses of each image by itself, in evaluation mode: frozen norms, samples drawn by its own seed.
 
         They do not depend on what else is in the batch.

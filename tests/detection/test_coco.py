@@ -485,3 +485,18 @@ def test_a_file_with_bytes_changed_gives_objects_that_are_sound_or_bad_data(data
                 elif mask is not None:
                     assert mask
                     assert all(np.isfinite(polygon).all() and len(polygon) >= 3 for polygon in mask)
+
+
+def test_two_files_whose_names_start_in_their_own_folder_are_a_layout(tmp_path):
+    """As labelme2coco writes them: train.json and val.json beside the folder of the pictures."""
+    folder = coco_shapes(tmp_path / "shapes", images=4, split=1, image_px=64)
+    (folder / "images").rename(folder / "pictures")
+    for name in ("train.json", "val.json"):
+        held = json.loads((folder / name).read_text())
+        for picture in held["images"]:
+            picture["file_name"] = f"pictures/{picture['file_name']}"
+        (folder / name).write_text(json.dumps(held))
+    assert is_coco(folder)
+    found = open_coco(folder)
+    assert (len(found.train), len(found.val)) == (3, 1)
+    assert found.train.load(0).size == (64, 64)
