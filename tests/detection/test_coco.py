@@ -11,6 +11,7 @@ from coco_sets import HIGH, WIDE, draw, held, pair, rectangle, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lambdanets.data.procedural import coco_shapes
 from lambdanets.detection.annotations import read_annotations
 from lambdanets.detection.check import Category
 from lambdanets.detection.coco import CocoImages, write_clean
