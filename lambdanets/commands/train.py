@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lambdanets.commands.arguments import allow_source
 from lambdanets.errors import EXIT_CODES_TEXT
+from lambdanets.recipes.coco import Padding
 from lambdanets.recipes.recipe import BatchNorm, Optimizer, Options, Precision, RecipeName
 
-if TYPE_CHECKING:
-    from lambdanets.classification.run import Result
-
-_CHANGES = (
+_OF_ANY = (
     "epochs", "batch_images", "lr_per_256", "optimizer", "accumulation", "clip_norm", "batch_norm", "precision",
-    "flip_frac", "min_crop_frac", "randaugment_ops", "randaugment_magnitude", "erase_frac", "mixup_alpha",
-    "cutmix_alpha", "label_smoothing",
+    "flip_frac",
 )  # fmt: skip
+_OF_LABELS = (
+    "min_crop_frac", "randaugment_ops", "randaugment_magnitude", "erase_frac", "mixup_alpha", "cutmix_alpha",
+    "label_smoothing",
+)  # fmt: skip
+_OF_BOXES = ("padding", "scale_jitter", "turns", "detections")
+_OF_COCO = ("annotations", "images_dir", "class_names", "boxes_only", "skip_missing", "init_image_px")
 
 
 def parser() -> ArgumentParser:
@@ -33,10 +37,10 @@ def parser() -> ArgumentParser:
         type=str,
         metavar="FOLDER",
         help="FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, or FOLDER/CLASS/*.jpg, a tenth of it held out; "
-        "or the folder or URL of `lambdanets pack`",
+        "or the folder or URL of `lambdanets pack`; or COCO files: then a detector is trained",
     )
     parser.add_argument(
-        "--recipe", type=RecipeName, help="without it: folder with --data, else digits; two are the paper's"
+        "--recipe", type=RecipeName, help="without it: by --data folder, detect or digits; three are the paper's"
     )
     parser.add_argument("--small", action="store_true", help="the recipe on a small model and few epochs, for a CPU")
     parser.add_argument("--model", type=str, help="a name of `lambdanets models`")
@@ -57,6 +61,21 @@ def parser() -> ArgumentParser:
     parser.add_argument("--mixup-alpha", type=float, help="0: no mixup; 0.2 is usual")
     parser.add_argument("--cutmix-alpha", type=float, help="0: no cutmix; 1 is usual")
     parser.add_argument("--label-smoothing", type=float, help="share of the target spread over all classes")
+    boxes = parser.add_argument_group("of detectors")
+    boxes.add_argument("--annotations", type=str, metavar="FILE", help="one COCO file, in any place, instead of --data")
+    boxes.add_argument("--images-dir", type=str, metavar="DIR", help="where its file names start (else: beside it)")
+    boxes.add_argument("--class-names", type=str, metavar="FILE", help="the classes wanted, a line each, in that order")
+    boxes.add_argument("--boxes-only", action="store_true", help="no masks")
+    boxes.add_argument("--skip-missing", action="store_true", help="pictures that are missing are no error")
+    boxes.add_argument("--padding", type=Padding, help="masked: it changes nothing; visible: as everybody else does it")
+    boxes.add_argument(
+        "--scale-jitter", type=float, nargs=2, metavar=("LO", "HI"), help="a picture is shown at a size between these"
+    )
+    boxes.add_argument("--turns", action="store_true", help="all flips and quarter turns: pictures without an up")
+    boxes.add_argument("--detections", type=PositiveInt, metavar="N", help="most an image")
+    boxes.add_argument(
+        "--init-image-px", type=PositiveInt, metavar="PX", help="at which the weights of --init-from FILE were trained"
+    )
     parser.add_argument(
         "--init-from", type=str, metavar="WEIGHTS", help="first weights: safetensors, RUN or RUN/step-N"
     )
@@ -90,36 +109,120 @@ def parser() -> ArgumentParser:
 
 def run(given: Namespace) -> int:
     from lambdanets import recipes
-    from lambdanets.classification.train import recorded, train
     from lambdanets.errors import BadRun
+    from lambdanets.runs.record import begun_task
 
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
-    how["allow_sources"] = given.allow_source
-    asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small", *_CHANGES)
-    told = any(given[name] is not None and given[name] is not False for name in asked)  # a 0 tells something
-    again = given.resume and given.out is not None and not told
+    asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small")
+    told = any(_told(given, asked + _OF_ANY + _OF_LABELS + _OF_BOXES + _OF_COCO))
     try:
-        run = recorded(given.out, given.allow_source) if again else None
+        again = begun_task(given.out) if given.resume and given.out is not None and not told else None
     except OSError as error:
         raise BadRun(f"--out {given.out} cannot be read ({error.strerror})") from error
-    if run is not None:  # the same, without being told
-        recipe, data, seed, init_from = run
-        return _show(train(recipe, data, out=given.out, seed=seed, init_from=init_from, **how))
-    if given.data is None and given.recipe not in (None, "digits") and not given.small:
+    if again is not None:  # the same, without being told
+        return _again(given, again, how)
+    if given.data is None and given.annotations is None and given.recipe not in (None, "digits") and not given.small:
         remedy = "give --data FOLDER, or try --small on the digits"
         raise recipes.BadRecipe(f"--recipe {given.recipe} learns from a folder of images: {remedy}")
+    if given.recipe in ("detect", "table6") or given.annotations is not None or _is_coco(given):
+        return _detector(given, how)
+    for name in _told(given, _OF_BOXES + _OF_COCO):
+        raise recipes.BadRecipe(
+            f"--{name.replace('_', '-')} is of detectors, and --data {given.data} has no COCO file: leave it out"
+        )
     recipe = recipes.choose(
         given.recipe or ("digits" if given.data is None else "folder"),
         model=given.model,
         image_px=given.image_px,
         small=given.small,
-        **{name: given[name] for name in _CHANGES},
+        **{name: given[name] for name in _OF_ANY + _OF_LABELS},
     )
+    from lambdanets.classification.train import train
+
+    how["allow_sources"] = given.allow_source
     return _show(train(recipe, given.data, out=given.out, seed=given.seed or 0, init_from=given.init_from, **how))
 
 
-def _show(result: Result) -> int:
+def _told(given: Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the arguments that were given; a 0 tells something."""
+    return [name for name in names if given[name] is not None and given[name] is not False]
+
+
+def _is_coco(given: Namespace) -> bool:
+    """Whether --data has COCO files. Raises BadRecipe where a recipe of classification was asked for with them."""
+    from lambdanets.detection.layouts import is_coco
+    from lambdanets.errors import BadRecipe
+
+    if not is_coco(given.data):
+        return False
+    if given.recipe is not None:
+        raise BadRecipe(
+            f"--recipe {given.recipe} learns one label a picture, from a folder a class, and --data {given.data} has "
+            "COCO files: give --recipe detect or table6"
+        )
+    return True
+
+
+def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
+    """The run in --out, as it was asked for."""
+    if task == "detection":
+        from lambdanets.detection import train as detection
+
+        run = detection.recorded(given.out)
+        assert run is not None
+        recipe, source, seed, init_from, init_image_px = run
+        return _show(
+            detection.train(recipe, source, out=given.out, seed=seed, init_from=init_from,
+                            init_image_px=init_image_px, **how)
+        )  # fmt: skip
+    from lambdanets.classification import train as classification
+
+    found = classification.recorded(given.out, given.allow_source)
+    assert found is not None
+    recipe_of_labels, data, seed, init_from = found
+    how["allow_sources"] = given.allow_source
+    return _show(classification.train(recipe_of_labels, data, out=given.out, seed=seed, init_from=init_from, **how))
+
+
+def _detector(given: Namespace, how: dict[str, Any]) -> int:
+    from lambdanets.detection.layouts import read_class_names
+    from lambdanets.detection.task import CocoSource
+    from lambdanets.detection.train import frozen_where_it_starts_trained, train
+    from lambdanets.errors import BadData, BadRecipe
+    from lambdanets.recipes import coco
+
+    name = given.recipe or "detect"
+    if given.data is None and given.annotations is None:
+        raise BadRecipe(f"--recipe {name} learns from COCO files: give --data COCO")
+    if given.data is not None and given.annotations is not None:
+        raise BadData("--data and --annotations are two places: give one of them")
+    if given.recipe not in (None, "detect", "table6"):
+        raise BadRecipe(f"--recipe {name} learns one label a picture, and --annotations names a COCO file")
+    for unknown in _told(given, _OF_LABELS):
+        raise BadRecipe(f"--{unknown.replace('_', '-')} is of classification, and a detector is trained: leave it out")
+    recipe = coco.choose(
+        name,
+        model=given.model,
+        image_px=given.image_px,
+        small=given.small,
+        epochs=given.epochs,
+        scale_jitter=None if given.scale_jitter is None else tuple(given.scale_jitter),
+        masks=False if given.boxes_only else None,
+        turns=given.turns or None,
+        **{name: given[name] for name in (*_OF_ANY[1:], "padding", "detections")},
+    )
+    if given.batch_norm is None:
+        recipe = frozen_where_it_starts_trained(recipe, given.init_from)
+    names = None if given.class_names is None else tuple(read_class_names(given.class_names))
+    source = CocoSource(given.data, given.annotations, given.images_dir, names, given.skip_missing)
+    return _show(
+        train(recipe, source, out=given.out, seed=given.seed or 0, init_from=given.init_from,
+              init_image_px=given.init_image_px, **how)
+    )  # fmt: skip
+
+
+def _show(result: object) -> int:
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(result)
     return 0

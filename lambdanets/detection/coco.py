@@ -20,6 +20,7 @@ from lambdanets.detection.check import Category, Kept
 from lambdanets.files import placed
 
 _Array = np.ndarray[Any, Any]
+_AT_ONCE = 1 << 16  # masks
 
 Segmentation = list[np.ndarray] | bytes | None
 """Polygons, each float64 (k, 2) of x, y px; COCO's compressed run lengths at the size of the picture; or none."""
@@ -110,14 +111,28 @@ class CocoImages(Images):
         columns = (self.image_ids, self.sizes, self._starts, *(c[rows] for c in (kept.ids, kept.labels, kept.boxes)))
         for column in (*columns, of.crowd[rows], kept.areas[rows], kept.masked[rows], of.kinds[rows]):
             digest.update(np.ascontiguousarray(column).tobytes())
-        for row in rows[kept.masked[rows]].tolist():
-            if of.kinds[row] == RUN_LENGTHS:
-                digest.update(of.runs[of.run_starts[row] : of.run_starts[row + 1]].tobytes())
-            else:
-                first, last = of.polygon_starts[row], of.polygon_starts[row + 1]
-                digest.update((of.point_starts[first : last + 1] - of.point_starts[first]).tobytes())
-                digest.update(of.points[of.point_starts[first] : of.point_starts[last]].tobytes())
+        masked = np.sort(rows[kept.masked[rows]])
+        for some in np.split(masked, range(_AT_ONCE, len(masked), _AT_ONCE)):
+            for column in self._masks(some):
+                digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
+
+    def _masks(self, rows: _Array) -> Iterator[_Array]:
+        """Everything that the masks of these rows are made of, in the order of the file."""
+        of, chosen = self._kept.of, np.zeros(len(self._kept.of.ids), bool)
+        chosen[rows] = True
+        if not len(rows):
+            return
+        within = slice(rows[0], rows[-1] + 1)
+        for starts, content in ((of.run_starts, of.runs), (of.polygon_starts, self._kept.faults)):
+            lengths = np.diff(starts)[within]
+            yield lengths[chosen[within]]
+            yield content[starts[rows[0]] : starts[rows[-1] + 1]][np.repeat(chosen[within], lengths)]
+        first, last = of.polygon_starts[rows[0]], of.polygon_starts[rows[-1] + 1]
+        polygons = np.repeat(chosen[within], np.diff(of.polygon_starts)[within])
+        lengths = np.diff(of.point_starts)[first:last]
+        yield lengths[polygons]
+        yield of.points[of.point_starts[first] : of.point_starts[last]][np.repeat(polygons, lengths)]
 
     def stamp(self) -> dict[str, str] | None:
         sizes, times = hashlib.sha256(), hashlib.sha256()

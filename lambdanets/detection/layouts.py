@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from lambdanets.detection.annotations import Annotations, read_annotations
 from lambdanets.detection.check import Category, Kept, Wishes, check_file, check_names
 from lambdanets.detection.coco import CocoImages, coco_images, write_clean
 from lambdanets.detection.findings import Findings
-from lambdanets.detection.pictures import same_pictures
+from lambdanets.detection.pictures import safe, same_pictures
 from lambdanets.errors import BadData, DiskFault, printable, some
 from lambdanets.files import read_file
 
@@ -24,7 +25,7 @@ VAL_FRAC = 0.1
 LAYOUTS = """DIR/annotations/instances_{train,val}2017.json with DIR/train2017/ and DIR/val2017/ (COCO's own)
 DIR/{train,valid}/_annotations.coco.json beside the pictures (Roboflow's)
 DIR/{train,val}.json with DIR/images/
-one JSON file alone, given itself or in DIR, with images/ beside it or the pictures: a tenth is held out"""
+one JSON file alone, itself or in DIR or DIR/annotations, its pictures there or in images/: a tenth is held out"""
 
 # Errors about a file as a whole; of all others something can be left out.
 _NOT_MENDED = ("D3", "D4", "D5", "D18", "R75")
@@ -32,14 +33,20 @@ _ROBOFLOW = "_annotations.coco.json"
 _HELD_OUT = ("valid", "val", "validation")
 _INSTANCES = re.compile(r"instances_(train|val)(\w*)\.json")
 _HEAD_BYTES = 1 << 16
+_SEEN = 500
 _KEYS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 
 
 class Source(NamedTuple):
-    """A COCO file and the folder of its pictures."""
+    """A COCO file, and folders that its pictures' names may start from."""
 
     file: Path
-    root: Path
+    roots: tuple[Path, ...]
+
+    def root(self, of: Annotations) -> Path:
+        """The folder that has most of some twenty pictures; of equal ones the first."""
+        names = [name for name in of.names[:: max(1, len(of.names) // 20)] if safe(name)]
+        return max(self.roots, key=lambda root: sum((root / name).is_file() for name in names))
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ def is_coco(data: str | Path | None) -> bool:
     """
     try:
         return data is not None and _found(Path(data)) is not None
+    except BadData:  # several at once: `open_coco` says so
+        return True
     except OSError:
         return False
 
@@ -109,10 +118,10 @@ def look_at_coco(
     for of, part in zip(files, parts, strict=True):
         check_names(of, part, findings)
     categories = _classes(files[0], class_names)
-    kept = [check_file(files[0], sources[0].root, parts[0], categories, findings, wishes)]
+    kept = [check_file(files[0], sources[0].root(files[0]), parts[0], categories, findings, wishes)]
     if len(sources) == 2:
         others = _matched(files[1], categories, findings, whole=class_names is None)
-        kept.append(check_file(files[1], sources[1].root, parts[1], others, findings, wishes))
+        kept.append(check_file(files[1], sources[1].root(files[1]), parts[1], others, findings, wishes))
         train, val = coco_images(kept[0]), coco_images(kept[1])
         how = f"{sources[0].file} and {sources[1].file} as given"
     else:
@@ -133,20 +142,28 @@ def every_picture(
     images: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     wishes: Wishes = Wishes(),  # noqa: B008
-) -> tuple[CocoImages, str]:
+) -> tuple[CocoImages, str, Findings]:
     """What a run is judged by: the held-out part where the data has one, else every picture of its one file.
 
-    class_names  as in `open_coco`: those of the run, in its order
+    class_names  those of the run, in its order; matched by name: what the data lacks has no objects, objects of other
+                 classes are left out, both counted in the findings
     Raises BadData, DiskFault as `open_coco`.
     """
     source = _sources(data, annotations, images)[-1]
     findings = Findings()
     of = read_annotations(source.file)
     check_names(of, "val", findings)
-    kept = check_file(of, source.root, "val", _classes(of, class_names), findings, wishes)
+    if class_names is None:
+        categories = _classes(of, None)
+    else:
+        if not set(class_names) & set(of.category_names):
+            known = f"its classes are {some(of.category_names)}, those asked for {some(class_names)}"
+            raise BadData(f"{source.file} has none of the classes: {known}")
+        categories = _with_ids(of, class_names)
+    kept = check_file(of, source.root(of), "val", categories, findings, wishes)
     findings.refuse(annotations or data)
     held = coco_images(kept)
-    return held, f"all of {source.file}: {_counted(held)}"
+    return held, f"all of {source.file}: {_counted(held)}", findings
 
 
 def _counted(images: CocoImages) -> str:
@@ -197,10 +214,9 @@ def _sources(data: str | Path | None, annotations: str | Path | None, images: st
     """One file, or that of training and that which is held out."""
     if annotations is not None:
         file = Path(annotations)
-        root = _pictures_of(file) if images is None else Path(images)
-        if not root.is_dir():
-            raise BadData(f"{root} is no folder: the file names of {file} start from there")
-        return [Source(file, root)]
+        if images is not None and not Path(images).is_dir():
+            raise BadData(f"{images} is no folder: the file names of {file} start from there")
+        return [Source(file, _beside(file) if images is None else (Path(images),))]
     if data is None:
         raise ValueError("open_coco needs data or annotations")
     path = Path(data)
@@ -210,12 +226,12 @@ def _sources(data: str | Path | None, annotations: str | Path | None, images: st
         raise DiskFault(str(path), f"cannot be read: {error.strerror}") from error
     if found is None:
         raise BadData(_nothing(path))
-    return found if images is None else [Source(source.file, Path(images)) for source in found]
+    return found if images is None else [Source(source.file, (Path(images),)) for source in found]
 
 
 def _found(path: Path) -> list[Source] | None:
     if path.is_file():
-        return [Source(path, _pictures_of(path))] if path.suffix.lower() == ".json" and _looks_coco(path) else None
+        return [Source(path, _beside(path))] if path.suffix.lower() == ".json" and _looks_coco(path) else None
     if not path.is_dir():
         return None
     return _instances(path) or _roboflow(path) or _pair(path) or _alone(path)
@@ -234,8 +250,8 @@ def _instances(path: Path) -> list[Source] | None:
     for part in ("train", "val"):
         if years[0] in of[part]:
             places = [path / f"{part}{years[0]}", path / "images" / f"{part}{years[0]}", path / part, path / "images"]
-            root = next((place for place in places if place.is_dir()), places[0])
-            found.append(Source(path / "annotations" / of[part][years[0]][0], root))
+            roots = tuple(place for place in places if place.is_dir()) or (places[0],)
+            found.append(Source(path / "annotations" / of[part][years[0]][0], roots))
     return found
 
 
@@ -244,7 +260,7 @@ def _roboflow(path: Path) -> list[Source] | None:
     if not train.is_file():
         return None
     held = [path / name / _ROBOFLOW for name in _HELD_OUT if (path / name / _ROBOFLOW).is_file()]
-    return [Source(file, file.parent) for file in [train, *held[:1]]]
+    return [Source(file, (file.parent,)) for file in [train, *held[:1]]]
 
 
 def _pair(path: Path) -> list[Source] | None:
@@ -252,17 +268,25 @@ def _pair(path: Path) -> list[Source] | None:
         return None
     held = [path / f"{name}.json" for name in ("val", "valid", "validation") if (path / f"{name}.json").is_file()]
     files = [path / "train.json", *held[:1]]
-    return [Source(file, path / "images") for file in files] if all(map(_looks_coco, files)) else None
+    return [Source(file, (path / "images", path)) for file in files] if all(map(_looks_coco, files)) else None
 
 
 def _alone(path: Path) -> list[Source] | None:
-    files = [path / name for name in _names(path) if name.lower().endswith(".json") and not name.startswith(".")]
-    held = [file for file in files[:100] if _looks_coco(file)]
-    return [Source(held[0], _pictures_of(held[0]))] if len(held) == 1 else None
+    for place in (path, path / "annotations"):  # CVAT writes annotations/instances_default.json
+        files = [place / name for name in _names(place) if name.lower().endswith(".json") and not name.startswith(".")]
+        held = [file for file in files[:100] if _looks_coco(file)]
+        if held:
+            return [Source(held[0], _beside(held[0]))] if len(held) == 1 else None
+    return None
 
 
-def _pictures_of(file: Path) -> Path:
-    return images if (images := file.parent / "images").is_dir() else file.parent
+def _beside(file: Path) -> tuple[Path, ...]:
+    """Where the names of a file may start; Label Studio's have "images/" in front."""
+    folder = file.resolve().parent
+    places = [folder / "images", folder]
+    if folder.name == "annotations":
+        places += [folder.parent / "images", folder.parent]
+    return tuple(place for place in places if place.is_dir())
 
 
 def _names(path: Path) -> list[str]:
@@ -302,11 +326,12 @@ def _nothing(path: Path) -> str:
 
 
 def _other_format(path: Path, names: list[str]) -> str | None:
-    """The first sign of LabelMe, Pascal VOC or YOLO in a folder and those below it."""
-    seen = [path / name for name in names[:200]]
-    seen += [place / name for place in seen[:20] if place.is_dir() for name in _names(place)[:200]]
-    seen += [place / name for place in seen[20:40] if place.is_dir() for name in _names(place)[:200]]
-    for file in seen:
+    """The first sign of LabelMe, Pascal VOC or YOLO in a folder and two below it; a few hundred files are looked at."""
+    seen = level = [path / name for name in names[:_SEEN]]
+    for _ in range(2):
+        level = [place / name for place in level[:20] if place.is_dir() for name in _names(place)[:20]]
+        seen = seen + level
+    for file in seen[:_SEEN]:
         suffix = file.suffix.lower()
         if suffix not in (".json", ".xml", ".txt", ".yaml", ".yml"):
             continue
@@ -357,14 +382,14 @@ def _matched(
         unknown = [name for name, id in held.items() if name not in names and id in used]
         what = "categories of objects that the training file does not have"
         findings.add("D3", "val", what, "name them alike, or take --class-names", "error", len(unknown), unknown)
-    free = max([0, *held.values(), *(category.id for category in categories)]) + 1
-    taken, matched = set(held.values()), []
-    for id, name in categories:
-        if name not in held and id in taken:
-            id, free = free, free + 1
-        matched.append(Category(held.get(name, id), name))
-        taken.add(matched[-1].id)
-    return tuple(matched)
+    return _with_ids(of, [name for _, name in categories])
+
+
+def _with_ids(of: Annotations, names: Sequence[str]) -> tuple[Category, ...]:
+    """The classes of these names with the ids of the file; one that it lacks gets an id that it does not use."""
+    held = {category.name: category.id for category in _classes(of, None)}
+    free = itertools.count(max(0, *held.values()) + 1)
+    return tuple(Category(held[name] if name in held else next(free), name) for name in names)
 
 
 def _split(kept: Kept, seed: int, findings: Findings) -> tuple[CocoImages, CocoImages]:

@@ -42,7 +42,7 @@ def look_at_pictures(
     again = np.flatnonzero(np.diff(of.image_ids[order]) == 0)
     twice = np.union1d(order[again], order[again + 1])
     left_out("R77", "pictures whose id another has", "give each its own id", twice)
-    unsafe = np.array([at for at, name in enumerate(of.names) if not _safe(name)], np.int64)
+    unsafe = np.array([at for at, name in enumerate(of.names) if not safe(name)], np.int64)
     left_out("R80", "pictures whose file_name leads out of the folder", "refused: name a file below it", unsafe)
     missing = np.flatnonzero(usable & ~_there(root, of.names, usable))
     where = "left out" if skip_missing else f"not below {root}; add them, or leave them out with --skip-missing"
@@ -128,7 +128,7 @@ def header(path: Path) -> tuple[int, int, bool]:
     return (width, height, True) if turned else (height, width, False)
 
 
-def _safe(name: str) -> bool:
+def safe(name: str) -> bool:
     """Whether a name stays below the folder that it is looked for in, and can be a file's at all."""
     try:
         return not (os.path.isabs(name) or ".." in name.split("/") or b"\0" in os.fsencode(name))

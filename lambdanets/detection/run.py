@@ -49,6 +49,8 @@ def _check(held: dict[str, Any]) -> None:
         if held["data"].get(name) is not None:
             field(held["data"], name, str)
     field(held["data"], "skip_missing", bool)
+    if held.get("init_image_px") is not None:
+        field(held, "init_image_px", int)
 
 
 def _check_result(held: dict[str, Any], result: dict[str, Any]) -> None:

@@ -172,6 +172,7 @@ class Detection:
                      "mean": self.recipe.mean, "std": self.recipe.std, "padding": self.recipe.padding},
             "categories": [{"id": category.id, "name": category.name} for category in train.categories],
             "data": data,
+            "init_image_px": self.init_image_px,
         }  # fmt: skip
 
     def read_record(self, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +17,8 @@ from lambdanets.training import loop
 
 def train(
     recipe: DetectionRecipe,
-    data: str | Path | None = None,
+    data: str | Path | CocoSource,
     *,
-    annotations: str | Path | None = None,
-    images: str | Path | None = None,
-    class_names: Sequence[str] | None = None,
-    skip_missing: bool = False,
     out: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -35,10 +30,7 @@ def train(
 ) -> Result:
     """Train `recipe` on a COCO data set and write the folder of the run (runs/folder.py lists its files).
 
-    data           a folder in one of `layouts.LAYOUTS`, or one COCO file; or instead of it
-    annotations    a COCO file, whose names start in `images`
-    class_names    a part of the classes, or another order of them
-    skip_missing   pictures that are not there are left out and counted
+    data           a folder in one of `layouts.LAYOUTS`, or one COCO file; or a `CocoSource`, which says more
     seed           decides first weights, order, augmentation and samples; two runs on one CPU are equal to the bit
     init_from      a run of classification or detection, or a safetensors file: see `starting.load_detector_weights`
     init_image_px  the image size that such a file was trained at
@@ -46,8 +38,7 @@ def train(
     that cannot be trained on, with every reason in one table. The result of a finished run is returned.
     """
     check_start(recipe, init_from)
-    names = None if class_names is None else tuple(class_names)
-    source = CocoSource(data, annotations, images, names, skip_missing)
+    source = data if isinstance(data, CocoSource) else CocoSource(data)
     task = Detection(recipe, source, workers=workers, seed=seed, init_image_px=init_image_px)
     found = loop.train(
         recipe, task, out=out, seed=seed, device=device, resume=resume, init_from=init_from, options=options
@@ -59,13 +50,17 @@ def train(
     return Result(found.folder, scores.box, scores.mask, scores.n, found.record["history"], found.seconds)
 
 
-def recorded(folder: str | Path) -> tuple[DetectionRecipe, CocoSource, int, str | None] | None:
-    """Recipe, data, seed and init_from of the run in a folder; None where none has begun. Raises BadRun, OSError."""
+def recorded(folder: str | Path) -> tuple[DetectionRecipe, CocoSource, int, str | None, int | None] | None:
+    """Recipe, data, seed, init_from and init_image_px of the run in a folder; None where none has begun.
+
+    Raises BadRun, OSError.
+    """
     if not present(Path(folder) / RUN_JSON):
         return None
     record = read_record(folder)
     init_from = (record.get("init_from") or {}).get("source")
-    return recipe_of(record), CocoSource.read(record["data"]), record["seed"], init_from
+    source = CocoSource.read(record["data"])
+    return recipe_of(record), source, record["seed"], init_from, record.get("init_image_px")
 
 
 def frozen_where_it_starts_trained(recipe: DetectionRecipe, init_from: str | Path | None) -> DetectionRecipe:

@@ -86,6 +86,8 @@ def choose(
                 f"model must be one of the paper's lambda_resnetDEPTH for the recipe 'pareto', not {model!r}"
             )
         recipe = imagenet.pareto(int(depth[1]), image_px or 128, small=small)
+    elif name in ("detect", "table6"):
+        raise BadRecipe(f"recipe {name!r} is of detectors: lambdanets.recipes.coco.choose makes it")
     else:
         raise BadRecipe(f"recipe must be one of {', '.join(get_args(RecipeName))}, not {name!r}")
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lambdanets import __version__
 from lambdanets.errors import BadRun
-from lambdanets.files import field, read_json
+from lambdanets.files import field, present, read_json
 from lambdanets.recipes.recipe import TrainingRecipe
 from lambdanets.runs.checkpoints import is_checkpoint
 
@@ -58,7 +58,16 @@ def read_record(
 def task_of(source: str | Path) -> str:
     """The kind of task of a run, by its folder or a checkpoint RUN/step-N: "classification" where none is named, as in
     0.1.0. Nothing else of it is looked at. Raises BadRun where there is no run."""
-    with _reading(Path(os.path.abspath(source)).parent if is_checkpoint(source) else source) as path:
+    return _task_in(Path(os.path.abspath(source)).parent if is_checkpoint(source) else source)
+
+
+def begun_task(folder: str | Path) -> str | None:
+    """The kind of task of the run in a folder; None where none has begun. Raises BadRun, OSError."""
+    return _task_in(folder) if present(Path(folder) / RUN_JSON) else None
+
+
+def _task_in(folder: str | Path) -> str:
+    with _reading(folder) as path:
         return str(_optional(read_json(path), "task", str, "classification"))
 
 

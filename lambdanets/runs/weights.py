@@ -106,7 +106,9 @@ class Weights:
     def _read_header(self) -> None:
         try:
             head = self._opened.read(8)
-            if head[:2] == b"PK" or head[:1] == b"\x80":  # torch.save since 1.6, and before
+            # torch.save since 1.6, and before. A header of 128 or 384 bytes begins with \x80 too: its length, of eight
+            # bytes, ends in zeros, and a pickle's second half does not.
+            if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[4:] != bytes(4)):
                 raise BadRun(
                     f"{self.file} is a pickle, and reading one runs what is in it: where you trust it, load it with "
                     "torch, and write its state dict with safetensors.torch.save_file"
