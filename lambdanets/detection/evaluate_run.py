@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,18 @@ import torch
 
 from lambdanets.detection.batches import evaluation_batches
 from lambdanets.detection.plots import precision_png
-from lambdanets.detection.precision import ERROR_KINDS, Errors, Precision, errors, shown
+from lambdanets.detection.precision import Errors, Precision, errors
 from lambdanets.detection.predict import view_at
 from lambdanets.detection.run import DETECTIONS, DetectionRun, open_run
 from lambdanets.detection.scores import Scores, evaluate, write_detections
 from lambdanets.detection.source import CocoSource, Judged, images_of, own_images
+from lambdanets.detection.tables import class_table, errors_said, precision_table
 from lambdanets.errors import BadRun, need, printable, printable_text, some
 from lambdanets.files import to_stderr, write_atomically, write_json
 from lambdanets.runs.folder import EVALUATION_JSON, NotWritten, choose_folder, evaluation_folder
-from lambdanets.runs.page import cut
 from lambdanets.training.distributed import Ranks
 
 PRECISION = "precision.png"
-_TABLE_CLASSES = 40  # rows that a person reads; all are in the JSON file
-_OF = {"bbox": "boxes", "segm": "masks"}
-_NUMBERS = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP, small (below 32² px)",
-    "ap_medium": "AP, medium",
-    "ap_large": "AP, large (from 96² px)",
-    "ar_small": "AR, small",
-    "ar_medium": "AR, medium",
-    "ar_large": "AR, large",
-}
 
 
 @dataclass(frozen=True)
@@ -66,9 +52,9 @@ class Evaluation:
     def __str__(self) -> str:
         losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in self.scores.losses.items())
         lines = [printable(self.how), f"{self.scores}", f"loss {self.scores.loss:.4f} ({losses})", ""]
-        lines += [*precision_table(self.kinds), "", *_class_table(self.kinds)]
+        lines += [*precision_table(self.kinds), "", *class_table(self.kinds)]
         if self.errors is not None:
-            lines += ["", *_errors_said(self.errors, self.kinds[-1])]
+            lines += ["", *errors_said(self.errors, self.kinds[-1])]
         if self.folder is not None:
             lines += ["", f"{printable(self.folder)}: {EVALUATION_JSON}, {DETECTIONS}, {PRECISION}"]
         return "\n".join(lines)
@@ -154,72 +140,6 @@ def _with_errors(found: Evaluation) -> Evaluation:
     scores = replace(found.scores, detected=detected)
     of = errors(found.judged.images, detected, found.kinds[-1].kind)
     return replace(found, scores=scores, errors=of, passed=before - sum(len(one.labels) for one in detected))
-
-
-def precision_rows(kinds: Sequence[Precision]) -> list[list[str]]:
-    """COCO's twelve numbers: what it is, of boxes, of masks."""
-    counts = [name for name in kinds[0].numbers if name.startswith("ar") and name[2:].isdecimal()]
-    named = {**_NUMBERS, **{name: f"AR, {name[2:]} an image and class" for name in counts}}
-    order = sorted(kinds[0].numbers, key=lambda name: name.startswith("ar"))
-    return [[named[name], *(shown(kind.numbers[name]) for kind in kinds)] for name in order]
-
-
-def precision_table(kinds: Sequence[Precision]) -> Iterator[str]:
-    """`precision_rows` for a terminal."""
-    for row in [["", *(_OF[kind.kind] for kind in kinds)], *precision_rows(kinds)]:
-        yield f"{row[0]:<27}" + "".join(f"  {cell:>15}" for cell in row[1:])
-
-
-def class_rows(kinds: Sequence[Precision], most: int) -> tuple[list[list[str]], list[str]]:
-    """Of the classes with objects name, objects, images, AP and AP50 of each kind, the worst first where they are more
-    than `most`, which are left; and what there is to say besides."""
-    places = [at for at, row in enumerate(kinds[0].by_class) if row.objects]
-    notes = []
-    if none := [row.name for row in kinds[0].by_class if not row.objects]:
-        notes.append(f"no such objects: {some(none)}")
-    if len(places) > most:
-        notes.append(f"the {most} worst of {len(places)} classes")
-        places = sorted(places, key=lambda at: kinds[-1].by_class[at].ap)[:most]
-    rows = []
-    for at in places:
-        own = kinds[0].by_class[at]
-        cells = [f"{value:.3f}" if value >= 0 else "–" for kind in kinds for value in kind.by_class[at][2:4]]
-        rows.append([own.name, f"{own.objects:,}", f"{own.images:,}", *cells])
-    return rows, notes
-
-
-def class_heads(kinds: Sequence[Precision]) -> list[str]:
-    """Of the columns of `class_rows`."""
-    return ["class", "objects", "images", *(f"{_OF[kind.kind]} {name}" for kind in kinds for name in ("AP", "AP50"))]
-
-
-def _class_table(kinds: Sequence[Precision]) -> Iterator[str]:
-    rows, notes = class_rows(kinds, _TABLE_CLASSES)
-    rows = [[cut(printable(row[0])), *row[1:]] for row in rows]
-    width = max(len("class"), *(len(row[0]) for row in rows)) if rows else 5
-    for row in [class_heads(kinds), *rows]:
-        yield f"{row[0]:<{width}}" + "".join(f"  {cell:>10}" for cell in row[1:])
-    yield from notes
-
-
-def error_rows(found: Errors) -> list[list[str]]:
-    """How many of each kind, and what it is."""
-    return [[f"{found.counts[kind]:,}", kind, what] for kind, what in ERROR_KINDS.items()]
-
-
-def best_score_said(found: Errors) -> str:
-    """A sentence."""
-    best = found.f1[round(found.best_score * 100)]
-    return f"--score {found.best_score:.2f} gives the best F1 here, {best:.3f}"
-
-
-def _errors_said(found: Errors, kind: Precision) -> Iterator[str]:
-    yield (
-        f"{best_score_said(found)}; with it {found.correct:,} of {found.objects:,} objects are found "
-        f"({_OF[kind.kind]} at IoU 0.5), and the errors are"
-    )
-    for count, name, what in error_rows(found):
-        yield f"{count:>8}  {name:<10}  {what}"
 
 
 def _write(found: Evaluation, run: DetectionRun, run_folder: Path, out: str | Path | None) -> Path:

@@ -99,7 +99,7 @@ def _draw_history(panels: Sequence[Any], history: Sequence[dict[str, Any]]) -> N
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, framealpha=0.6)
 
 
 def _line(axes: Any, history: Sequence[dict[str, Any]], key: str, label: str | None, **how: Any) -> None:
