@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,14 @@ from lambdanets.classification.scores import Confusion, Scores, evaluate
 from lambdanets.data.batches import Batches
 from lambdanets.data.images import Images
 from lambdanets.errors import BadImage, BadRun, need, printable, some
-from lambdanets.files import lock, write_atomically, write_json
-from lambdanets.runs.folder import choose_folder, next_numbered
+from lambdanets.files import write_atomically, write_json
+from lambdanets.runs.folder import EVALUATION_JSON, NotWritten, choose_folder, evaluation_folder
+from lambdanets.runs.page import cut
 from lambdanets.runs.record import RUN_JSON
 from lambdanets.training.distributed import Ranks
 
-EVALUATION_JSON = "evaluation.json"
 CONFUSION = "confusion.png"
 _TABLE_CLASSES = 40  # rows that a person reads; all are in the JSON file
-_COLUMN = 40  # letters of a class in the table
 
 
 @dataclass(frozen=True)
@@ -67,27 +64,15 @@ class Evaluation:
         if len(rows) > _TABLE_CLASSES:
             note.append(f"the {_TABLE_CLASSES} worst of {len(rows)} classes; all are in {EVALUATION_JSON}")
             rows = sorted(rows, key=lambda row: row["recall_frac"])[:_TABLE_CLASSES]
-        rows = [{**row, "class": _cut(row["class"])} for row in rows]
+        rows = [{**row, "class": cut(row["class"])} for row in rows]
         width = max(len("class"), *(len(row["class"]) for row in rows))
         lines = [f"{'class':{width}}  {'images':>7}  {'right':>7}  {'top-1':>6}  most often taken for"]
         for row in rows:
             taken = row["most_often_taken_for"]
-            wrong = "" if taken is None else f"{_cut(taken['class'])} ({taken['images']})"
+            wrong = "" if taken is None else f"{cut(taken['class'])} ({taken['images']})"
             line = f"{row['class']:{width}}  {row['images']:>7}  {row['right']:>7}  {row['recall_frac']:>6.1%}  {wrong}"
             lines.append(line.rstrip())
         return "\n".join([*lines, *note])
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _COLUMN else name[: _COLUMN - 1] + "…"
-
-
-class NotWritten(BadRun):
-    """An evaluation was computed and cannot be written; `found` has its numbers."""
-
-    def __init__(self, message: str, found: Evaluation) -> None:
-        super().__init__(message)
-        self.found = found
 
 
 def evaluate_run(
@@ -215,33 +200,9 @@ def _write(found: Evaluation, run: Run, run_folder: Path, data: str | Path | Non
     }
     picture = confusion_png(scores.confusion, run.classes, f"{run.record['recipe']['model']}: {scores}")
     try:
-        with _taken(run.folder, out) as folder:
+        with evaluation_folder(run.folder, out) as folder:
             write_json(folder / EVALUATION_JSON, content)
             write_atomically(folder / CONFUSION, picture)
             return folder
     except (OSError, BadRun) as error:
-        where = run.folder if out is None else out
-        raise NotWritten(
-            f"nothing of this evaluation is written to {where} ({error}): give another --out", found
-        ) from error
-
-
-@contextlib.contextmanager
-def _taken(run_folder: Path, out: str | Path | None) -> Iterator[Path]:
-    """A folder that this evaluation alone writes in: the next evaluation-N, or `out`. Raises BadRun, OSError."""
-    if out is None:
-        folder = next_numbered(run_folder, "evaluation")
-        try:
-            yield folder
-        except BaseException:
-            with contextlib.suppress(OSError):  # it stays where one of the files is in it
-                folder.rmdir()
-            raise
-        return
-    os.makedirs(out, exist_ok=True)
-    opened = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        lock(opened, out, wait=True)
-        yield choose_folder(out, "evaluation")  # still empty, now that no other may write in it
-    finally:
-        os.close(opened)
+        raise NotWritten(run.folder if out is None else out, error, found) from error

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lambdanets.classification.scores import Confusion
 from lambdanets.errors import printable
+from lambdanets.runs.page import cut, draw_steps, saved, svg
 
 _MATRIX_CLASSES = 50  # of more the most frequent mistakes are drawn instead: no cell could be seen
 _MISTAKES = 25  # that are drawn there
 _NAME_LETTERS = 20  # of a class in a picture
-_STRETCHES = 400  # points of a curve by steps
 _NUMBERED_CLASSES = 15  # more numbers than this cannot be read in the cells
 
 
@@ -35,7 +33,7 @@ def curves_png(history: Sequence[dict[str, Any]], confusion: Confusion, classes:
     loss = figure.add_subplot(grid[0, 0])
     _draw_curves(loss, figure.add_subplot(grid[1, 0], sharex=loss), history)
     _draw_confusion(figure, figure.add_subplot(grid[:, 1]), confusion, classes)
-    return _saved(figure, "png")
+    return saved(figure, "png")
 
 
 def curves_svg(history: Sequence[dict[str, Any]], steps: Sequence[tuple[int, float]]) -> str:
@@ -51,18 +49,11 @@ def curves_svg(history: Sequence[dict[str, Any]], steps: Sequence[tuple[int, flo
     FigureCanvasSVG(figure)
     panels = list(figure.subplots(1, bool(steps) + 2 * bool(history), squeeze=False)[0])
     if steps:
-        size = -(-len(steps) // _STRETCHES)
-        stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
-        at = [sum(step for step, _ in part) / len(part) for part in stretches]
-        losses = [sum(loss for _, loss in part) / len(part) for part in stretches]
-        panels[0].plot(at, losses, linewidth=1, marker="." if len(at) == 1 else None)  # one point makes no line
-        panels[0].set(xlabel="step", ylabel="training loss of single steps, nats")
-        panels[0].grid(alpha=0.3)
+        draw_steps(panels[0], steps, ", nats")
     if history:
         _draw_curves(panels[-2], panels[-1], history)
         panels[-2].set_xlabel("epoch")
-    text = _saved(figure, "svg").decode()
-    return text[text.index("<svg") :]
+    return svg(figure)
 
 
 def confusion_png(confusion: Confusion, classes: Sequence[str], title: str) -> bytes:
@@ -76,7 +67,7 @@ def confusion_png(confusion: Confusion, classes: Sequence[str], title: str) -> b
     FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
     _draw_confusion(figure, figure.add_subplot(), confusion, classes)
-    return _saved(figure, "png")
+    return saved(figure, "png")
 
 
 def _draw_curves(loss: Any, accuracy: Any, history: Sequence[dict[str, Any]]) -> None:
@@ -141,13 +132,4 @@ def _draw_mistakes(axes: Any, confusion: Confusion, classes: Sequence[str], n: i
 
 
 def _short(name: str) -> str:
-    name = printable(name)
-    return name if len(name) <= _NAME_LETTERS else name[: _NAME_LETTERS - 1] + "…"
-
-
-def _saved(figure: Any, form: str) -> bytes:
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class in a script that matplotlib's font lacks: boxes
-        figure.savefig(content, format=form)
-    return content.getvalue()
+    return cut(printable(name), _NAME_LETTERS)

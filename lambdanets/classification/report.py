@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import io
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,35 +16,25 @@ from lambdanets.classification.run import open_run, read_record
 from lambdanets.classification.scores import Confusion, Scores, evaluate
 from lambdanets.data.batches import Batches
 from lambdanets.data.images import Images
-from lambdanets.errors import BadData, BadImage, BadRun, DiskFault, need, printable, printable_text, some
-from lambdanets.files import field, json_object, open_file, write_atomically
-from lambdanets.runs.folder import BAD_SAMPLES, REPORT
-from lambdanets.runs.log import LOG
+from lambdanets.errors import BadData, BadImage, BadRun, DiskFault, need, some
+from lambdanets.runs import page as pages
+from lambdanets.runs.folder import REPORT
+from lambdanets.runs.page import html_name, src
 from lambdanets.runs.record import RUN_JSON
 
 _SIDE_PX = 112  # of a thumbnail
-_EPOCHS = 60  # rows of the table of epochs
 _MISTAKES = 24  # thumbnails in a report
-_LINES_BYTES = 256 << 20  # of a file of lines that a report reads; the rest of a larger one is left out
-_LINE_BYTES = 1 << 20
-
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 1060px; margin: 2em auto;
-       padding: 0 1em }
-h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #d5dce4 }
-.numbers { display: flex; flex-wrap: wrap; gap: .6em 2.2em; margin: 1em 0 }
-.numbers div { font-size: 1.5em } .numbers span { display: block; font-size: .55em; color: #5a6b7d }
-.warn { background: #fff3dc; border-left: 4px solid #e09b12; padding: .5em .9em; white-space: pre-wrap }
-table { border-collapse: collapse; font-size: .92em } td, th { text-align: left; padding: .18em 1.2em .18em 0;
-       vertical-align: top } td:not(.n) { overflow-wrap: anywhere }
-       th { color: #5a6b7d; font-weight: 500 } td.n { text-align: right;
-       font-variant-numeric: tabular-nums } .numeric th { text-align: right }
-.mistakes { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 136px; font-size: .82em;
-       overflow-wrap: anywhere } figure img, .gone { width: 112px; height: 112px; object-fit: contain;
-       background: #eef1f4; image-rendering: auto } .small img { image-rendering: pixelated }
-.gone { display: grid; place-items: center; color: #5a6b7d } .name { color: #5a6b7d } svg, .wide { max-width: 100%;
-       height: auto } b.wrong { color: #b3261e }
+.mistakes { display: flex; flex-wrap: wrap; gap: 1em } figure { width: 136px }
+figure img, .gone { width: 112px; height: 112px; object-fit: contain; background: #eef1f4; image-rendering: auto }
+.small img { image-rendering: pixelated } .gone { display: grid; place-items: center; color: #5a6b7d }
 """
+_COLUMNS = {
+    "train loss": ("train_loss", "{:.4f}"),
+    "held-out loss": ("val_loss", "{:.4f}"),
+    "train top-1": ("train_top1_frac", "{:.2%}"),
+    "held-out top-1": ("val_top1_frac", "{:.2%}"),
+}
 
 
 class Mistake(NamedTuple):
@@ -95,18 +81,14 @@ def page(
     """
     recipe, history, data = record["recipe"], record["history"], record["data"]
     title = f"{recipe['model']}, {recipe['image_px']} px: {recipe.get('name', 'run')}"
-    parts = [f"<h1>{_html(title)}</h1>", f"<p>{_html(_state(record))}</p>"]
-    if record["status"] in ("stopped", "interrupted") and record.get("error"):
-        parts.append(f'<p class="warn">{_html(record["error"])}</p>')
-    parts += [f'<p class="warn">{_html(note)}</p>' for note in notes]
-    parts.append(_numbers(record, scores, bad_samples))
+    parts = [*pages.head(record, title, notes), _numbers(record, scores, bad_samples)]
     if history or steps:
         parts += ["<h2>Curves</h2>", curves_svg(history, steps)]
     if confusion is not None:
         picture = confusion_png(confusion, record["classes"], "")
         parts += [
             "<h2>Which class was taken for which</h2>",
-            f'<img class="wide" alt="which class was taken for which" {_src(picture)}>',
+            f'<img class="wide" alt="which class was taken for which" {src(picture)}>',
         ]
     if scores is not None:
         said = f"None: all {scores.n:,} held-out images are right."
@@ -115,28 +97,13 @@ def page(
         parts.append(f"<h2>Worst mistakes</h2><p>{said}</p>")
         parts.append(f'<div class="mistakes">{"".join(map(_figure, mistakes))}</div>')
     if history:
-        parts += ["<h2>Epochs and speed</h2>", _epochs(history)]
-    parts += ["<h2>Recipe</h2>", _table(recipe.items())]
+        parts += ["<h2>Epochs and speed</h2>", pages.epochs(history, _COLUMNS)]
+    parts += ["<h2>Recipe</h2>", pages.table(recipe.items())]
     parts += [
         "<h2>Data</h2>",
-        _table([*_flat(data), ("classes", f"{len(record['classes']):,}: {some(record['classes'], 20)}")]),
+        pages.table([*pages.flat(data), ("classes", f"{len(record['classes']):,}: {some(record['classes'], 20)}")]),
     ]
-    known = ("seed", "device", "init_from", "options", "versions")
-    starts = [f"after step {start['step']}, {start['ranks']} processes" for start in record.get("starts", [])]
-    rows = [("starts", starts), *_flat({key: record[key] for key in known if key in record})]
-    parts += ["<h2>Computed by</h2>", _table(rows)]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width"><title>{_html(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def _state(record: dict[str, Any]) -> str:
-    done, epochs = len(record["history"]), record["recipe"]["epochs"]
-    return f"{record['status']}, {done} of {epochs} epochs done; seed {record.get('seed')}, on {record.get('device')}"
+    return pages.document(title, [*parts, *pages.foot(record)], _STYLE)
 
 
 def _numbers(record: dict[str, Any], scores: Scores | None, bad_samples: int) -> str:
@@ -146,81 +113,20 @@ def _numbers(record: dict[str, Any], scores: Scores | None, bad_samples: int) ->
         if scores.top5_frac is not None:
             shown.insert(1, (f"{scores.top5_frac:.2%}", "top-5"))
         shown.append((f"{scores.errors:,} of {scores.n:,}", "wrong"))
-    if history := record["history"]:
-        train_s = sum(row["train_s"] for row in history)
-        images = sum(row["images_per_s"] * row["train_s"] for row in history)
-        shown.append((f"{images / max(train_s, 1e-9):,.0f}", "training images a second"))
-        if (share := _waiting(history)) is not None:
-            shown.append((f"{share:.1%}", "of training time waited for data"))
-        shown.append((f"{train_s / 60:,.1f} min", "training"))
-    if bad_samples:
-        shown.append((f"{bad_samples:,}", "training images unreadable, replaced"))
-    return f'<div class="numbers">{"".join(f"<div>{escape(n)}<span>{escape(w)}</span></div>" for n, w in shown)}</div>'
-
-
-def _waiting(history: Sequence[dict[str, Any]]) -> float | None:
-    """The share of the training time in which a step waited for its images; None where it was not measured."""
-    timed = [row for row in history if "data_wait_s" in row]
-    total_s = sum(row["train_s"] for row in timed)
-    return sum(row["data_wait_s"] for row in timed) / total_s if total_s else None
-
-
-def _epochs(history: Sequence[dict[str, Any]]) -> str:
-    heads = ["epoch", "rate", "train loss", "held-out loss", "train top-1", "held-out top-1", "images/s", "waited"]
-    rows = []
-    for row in history[-_EPOCHS:]:
-        share = _waiting([row])
-        cells = [
-            str(row["epoch"]), f"{row['lr']:.3g}", f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}",
-            f"{row['train_top1_frac']:.2%}", f"{row['val_top1_frac']:.2%}", f"{row['images_per_s']:,.0f}",
-            "" if share is None else f"{share:.1%}",
-        ]  # fmt: skip
-        rows.append("".join(f'<td class="n">{escape(cell)}</td>' for cell in cells))
-    left_out = len(history) - len(rows)
-    note = f"<p>The last {_EPOCHS}; {left_out} before them are in run.json.</p>" if left_out else ""
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return f"{note}<table class=numeric><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+    return pages.numbers([*shown, *pages.speed(record["history"], bad_samples)])
 
 
 def _figure(mistake: Mistake) -> str:
     shown = '<div class="gone">gone</div>'
     if mistake.picture is not None:
-        shown = f'<img alt="" {_src(mistake.picture)}>'
+        shown = f'<img alt="" {src(mistake.picture)}>'
         if Image.open(io.BytesIO(mistake.picture)).width <= _SIDE_PX // 2:
             shown = f'<div class="small">{shown}</div>'
+    label, predicted = html_name(mistake.label), html_name(mistake.predicted)
     return (
-        f"<figure>{shown}<div><b>{_name(mistake.label)}</b> taken for <b class=wrong>{_name(mistake.predicted)}</b>"
-        f'</div><div>loss {mistake.loss:.2f}</div><div class="name">{_name(mistake.name)}</div></figure>'
+        f"<figure>{shown}<div><b>{label}</b> taken for <b class=wrong>{predicted}</b>"
+        f'</div><div>loss {mistake.loss:.2f}</div><div class="name">{html_name(mistake.name)}</div></figure>'
     )
-
-
-def _src(picture: bytes) -> str:
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f'src="data:image/{kind};base64,{base64.b64encode(picture).decode()}"'
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    def text(value: Any) -> str:
-        return "; ".join(map(text, value)) if isinstance(value, (list, tuple)) else printable(value)
-
-    lines = (f"<tr><th>{_name(key)}</th><td>{escape(text(value))}</td></tr>" for key, value in rows)
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _html(text: object) -> str:
-    return escape(printable_text(text))
-
-
-def _name(name: object) -> str:
-    return escape(printable(name))
 
 
 # --- the page of a run ----------------------------------------------------------------------------------------------
@@ -265,37 +171,16 @@ def write_report(
     mistakes: list[Mistake] = []
     if scores is not None and images is not None:
         mistakes = _worst(scores, images)
-    bad = sum(line.endswith(b"\n") for line in _lines(folder / BAD_SAMPLES))
-    steps = _losses(folder / LOG)
     text = page(
-        record, scores=scores, confusion=confusion, mistakes=mistakes, notes=notes, steps=steps, bad_samples=bad
+        record,
+        scores=scores,
+        confusion=confusion,
+        mistakes=mistakes,
+        notes=notes,
+        steps=pages.losses(folder),
+        bad_samples=pages.bad_samples(folder),
     )
-    try:
-        write_atomically(folder / REPORT, text.encode())
-    except OSError as error:
-        raise BadRun(f"{folder / REPORT} cannot be written: {error}") from error
-    return folder / REPORT
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that a run appends to, as far as they can be read; a pipe, say, has none."""
-    with contextlib.suppress(OSError), open_file(path) as file:
-        left = _LINES_BYTES
-        while left > 0 and (line := file.readline(_LINE_BYTES)):
-            left -= len(line)
-            yield line
-
-
-def _losses(path: Path) -> list[tuple[int, float]]:
-    """(step, loss) of the lines of log.jsonl that have them; a line that a kill cut short has not."""
-    found = []
-    for line in _lines(path):
-        with contextlib.suppress(ValueError, OverflowError):
-            row = json_object(line)
-            step, loss = field(row, "step", int), field(row, "loss", float)  # one that is not finite is text there
-            if math.isfinite(loss) and 0 <= step < 2**53:
-                found.append((step, loss))
-    return found
+    return pages.write_page(folder, text)
 
 
 def _worst(scores: Scores, images: Images) -> list[Mistake]:

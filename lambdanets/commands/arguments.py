@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
+
+from lambdanets.errors import BadRecipe
 
 
 def workers_and_device(parser: ArgumentParser) -> None:
@@ -20,3 +24,19 @@ def allow_source(parser: ArgumentParser) -> None:
         metavar="URL",
         help="a place that a manifest or run may name, and all below it; repeatable; what you name yourself is allowed",
     )
+
+
+def task_of_run(given: Namespace, only: Mapping[str, Sequence[str]]) -> str:
+    """The task of the run `given.run`.
+
+    only  task -> options that runs of no other task have; BadRecipe names those that were given all the same
+    """
+    from lambdanets.runs.record import task_of
+
+    task = task_of(given.run)
+    for other, names in only.items():
+        told = [name for name in names if given[name] is not None and given[name] is not False and given[name] != []]
+        if other != task and told:
+            options = ", ".join("--" + name.replace("_", "-") for name in told)
+            raise BadRecipe(f"{given.run} is a run of {task}, and {options} is for one of {other}: leave that out")
+    return task

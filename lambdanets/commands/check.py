@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from lambdanets.errors import EXIT_CODES_TEXT, BadData, printable_text
+from lambdanets.errors import EXIT_CODES_TEXT, BadData, BadImage, DiskFault, printable_text
+
+if TYPE_CHECKING:
+    from lambdanets.detection.layouts import CocoData
 
 
 def parser() -> ArgumentParser:
@@ -24,6 +30,8 @@ def parser() -> ArgumentParser:
     parser.add_argument("--class-names", type=str, metavar="FILE", help="the classes wanted, a line each")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the split, where one file is all there is")
     parser.add_argument("--fix", type=str, metavar="OUT", help="a new folder for a copy without what is wrong")
+    parser.add_argument("--draw", type=str, metavar="OUT", help="a folder for pictures with their objects drawn")
+    parser.add_argument("--draw-images", type=PositiveInt, default=24, metavar="N", help="that many, the first ones")
     return parser
 
 
@@ -45,7 +53,32 @@ def run(given: Namespace) -> int:
     if len(found.findings):
         print(printable_text(found.findings.table()))
     print(printable_text(f"{wrong} errors, {len(found.findings) - wrong} other findings. {found.how}"))
+    if given.draw is not None:
+        print(printable_text(_draw(found, given.draw, given.draw_images)))
     if given.fix is not None:
         print(printable_text(write_fixed(found, given.fix)))
         return 0
     return 2 if wrong else 0
+
+
+def _draw(found: CocoData, out: str, most: int) -> str:
+    """Draws the first pictures, those to train on first; gives a sentence. Raises BadRun."""
+    from lambdanets.detection.gallery import draw_truth
+    from lambdanets.detection.new_pictures import NewPictures
+
+    pictures, unread, drawn = NewPictures(out), [], 0
+    places = ((part, index) for part in (found.train, found.val) for index in range(len(part)))
+    for images, index in itertools.islice(places, most):
+        name = images.names[index]
+        try:
+            height, width = images.sizes[index].tolist()
+            picture = images.load(index)
+            if picture.size != (width, height):
+                raise BadImage(name, f"is {picture.size} pixels, and {width} x {height} by its annotations")
+        except (BadImage, DiskFault) as error:
+            unread.append(str(error))
+            continue
+        pictures.save(draw_truth(images, index, picture), name)
+        drawn += 1
+    said = f"{drawn:,} pictures are drawn to {out}"
+    return "\n".join([said, *(f"not drawn: {why}" for why in unread)])

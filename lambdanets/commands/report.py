@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lambdanets.commands.arguments import allow_source, workers_and_device
+from lambdanets.commands.arguments import allow_source, task_of_run, workers_and_device
 from lambdanets.errors import EXIT_CODES_TEXT, printable
 
 
@@ -20,14 +20,17 @@ def parser() -> ArgumentParser:
 
 
 def run(given: Namespace) -> int:
-    from lambdanets.classification.report import write_report
     from lambdanets.training.preflight import choose_device
 
-    print(
-        printable(
-            write_report(
-                given.run, device=choose_device(given.device), workers=given.workers, allow_sources=given.allow_source
-            )
-        )
-    )
+    task = task_of_run(given, {"classification": ("allow_source",)})
+    device = choose_device(given.device)
+    if task == "detection":
+        from lambdanets.detection.report import write_report as write_detections_page
+
+        written = write_detections_page(given.run, device=device, workers=given.workers)
+    else:
+        from lambdanets.classification.report import write_report
+
+        written = write_report(given.run, device=device, workers=given.workers, allow_sources=given.allow_source)
+    print(printable(written))
     return 0

@@ -187,7 +187,7 @@ def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
 
 def _detector(given: Namespace, how: dict[str, Any]) -> int:
     from lambdanets.detection.layouts import read_class_names
-    from lambdanets.detection.task import CocoSource
+    from lambdanets.detection.source import CocoSource
     from lambdanets.detection.train import frozen_where_it_starts_trained, train
     from lambdanets.errors import BadData, BadRecipe
     from lambdanets.recipes import coco

@@ -92,6 +92,11 @@ class CocoImages(Images):
         """All pictures of the file, of which this may be one part of a split."""
         return coco_images(self._kept)
 
+    @property
+    def listed(self) -> frozenset[str]:
+        """The names of all classes that the file has, asked for and used or not."""
+        return frozenset(self._kept.of.category_names)
+
     def _segmentation(self, row: int) -> Segmentation:
         kept, of = self._kept, self._kept.of
         if not kept.masked[row]:

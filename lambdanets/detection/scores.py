@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,13 @@ from lambdanets.detection.batches import Batch
 from lambdanets.detection.coco import CocoImages
 from lambdanets.detection.detector import Detector
 from lambdanets.detection.masks import paste_runs
-from lambdanets.detection.precision import Detected, Precision, average_precision
+from lambdanets.detection.precision import Detected, Precision, average_precision, detections_json
 from lambdanets.errors import EvaluationStopped
+from lambdanets.files import placed
 from lambdanets.training.distributed import Ranks
 
 _ROW = ("ap", "ap50", "ap75")
+_AT_ONCE = 100  # images whose detections are in memory as JSON: of all of COCO's they are 2 GB
 
 
 @dataclass(frozen=True)
@@ -181,3 +185,15 @@ def _read(one: list[Any], images: CocoImages) -> Detected:
         np.array(scores, np.float64),
         None if masks is None else [runs.encode("latin-1") for runs in masks],
     )
+
+
+def write_detections(path: Path, images: CocoImages, detected: Sequence[Detected]) -> None:
+    """A file in COCO's result format, as `detections_json` gives it, with the data's own ids. Raises OSError."""
+    ordered = sorted(detected, key=lambda one: one.image_id)
+    with placed(path) as file:
+        between = b"["
+        for first in range(0, len(ordered), _AT_ONCE):
+            for result in detections_json(images, ordered[first : first + _AT_ONCE]):
+                file.write(between + json.dumps(result).encode())
+                between = b",\n"
+        file.write(b"[]\n" if between == b"[" else b"]\n")

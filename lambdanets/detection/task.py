@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lambdanets.data.reading import PictureBatches
-from lambdanets.data.source import absolute
 from lambdanets.detection import run
 from lambdanets.detection.batches import Batch, evaluation_batches, training_batches
 from lambdanets.detection.check import Wishes
-from lambdanets.detection.layouts import CocoData, open_coco
+from lambdanets.detection.layouts import CocoData
 from lambdanets.detection.report import write_pictures
 from lambdanets.detection.scores import Scores, as_floats, evaluate
+from lambdanets.detection.source import CocoSource
 from lambdanets.detection.starting import load_detector_weights
 from lambdanets.detection.transforms import DetectionView
 from lambdanets.errors import BadRecipe, need, printable_text
@@ -29,44 +29,6 @@ from lambdanets.training.task import Found, Place
 
 _SHORT = {"classifier": "class", "box_reg": "box", "mask": "mask", "objectness": "object", "rpn_box_reg": "anchor"}
 _FEW_FOR_NORMS = 8  # images a process, under which its own statistics ruin a detector
-
-
-class CocoSource(NamedTuple):
-    """Where the data lies, as `open_coco` takes it: `data`, or `annotations` and `images`; class names, and whether
-    missing pictures are passed over."""
-
-    data: str | Path | None
-    annotations: str | Path | None = None
-    images: str | Path | None = None
-    class_names: tuple[str, ...] | None = None
-    skip_missing: bool = False
-
-    def open(self, wishes: Wishes) -> CocoData:
-        return open_coco(
-            self.data, annotations=self.annotations, images=self.images, class_names=self.class_names,
-            wishes=wishes,
-        )  # fmt: skip
-
-    def record(self) -> dict[str, Any]:
-        """For run.json; `read` takes it."""
-        return {
-            "source": absolute(str(self.data if self.data is not None else self.annotations)),
-            "annotations": None if self.annotations is None else absolute(self.annotations),
-            "images": None if self.images is None else absolute(self.images),
-            "class_names": None if self.class_names is None else list(self.class_names),
-            "skip_missing": self.skip_missing,
-        }
-
-    @classmethod
-    def read(cls, held: dict[str, Any]) -> CocoSource:
-        names = held.get("class_names")
-        return cls(
-            held["source"] if held.get("annotations") is None else None,
-            held.get("annotations"),
-            held.get("images"),
-            None if names is None else tuple(map(str, names)),
-            held.get("skip_missing", False),
-        )
 
 
 class _Part(NamedTuple):

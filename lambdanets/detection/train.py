@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lambdanets.detection.run import Result, read_record, recipe_of, result_of
 from lambdanets.detection.scores import Scores
-from lambdanets.detection.task import CocoSource, Detection, check_start
+from lambdanets.detection.source import CocoSource
+from lambdanets.detection.task import Detection, check_start
 from lambdanets.files import present
 from lambdanets.recipes.coco import DetectionRecipe
 from lambdanets.recipes.recipe import Options

@@ -7,6 +7,7 @@
     bad_samples.jsonl     images that training skipped, one a line, if there were any
     step-N/               a checkpoint (checkpoints.py)
     .lock                 held by the process that trains
+    evaluation-N/         of `lambdanets evaluate`: evaluation.json and its pictures
 
 A file is written beside its place, synchronised and renamed: a reader sees the old one or the new one, never a part.
 """
@@ -18,6 +19,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -26,12 +28,22 @@ import torchvision
 
 import lambdanets
 from lambdanets.errors import BadRun, printable
+from lambdanets.files import lock
 from lambdanets.runs.record import RUN_JSON
 
 WEIGHTS = "weights.safetensors"
 CURVES = "curves.png"
 REPORT = "report.html"
 BAD_SAMPLES = "bad_samples.jsonl"
+EVALUATION_JSON = "evaluation.json"
+
+
+class NotWritten(BadRun):
+    """An evaluation was computed and cannot be written; `found` has its numbers, and `str()` of that shows them."""
+
+    def __init__(self, where: str | Path, why: Exception, found: object) -> None:
+        super().__init__(f"nothing of this evaluation is written to {where} ({why}): give another --out")
+        self.found = found
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:
@@ -74,6 +86,27 @@ def next_numbered(folder: Path, name: str) -> Path:
                 return folder / f"{name}-{number}"
     except OSError as error:
         raise BadRun(f"no folder can be made in {folder} ({error}): name another with --out") from error
+
+
+@contextlib.contextmanager
+def evaluation_folder(run_folder: Path, out: str | Path | None) -> Iterator[Path]:
+    """A folder that one evaluation alone writes in: the run's next evaluation-N, or `out`. Raises BadRun, OSError."""
+    if out is None:
+        folder = next_numbered(run_folder, "evaluation")
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):  # it stays where one of the files is in it
+                folder.rmdir()
+            raise
+        return
+    os.makedirs(out, exist_ok=True)
+    opened = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        lock(opened, out, wait=True)
+        yield choose_folder(out, "evaluation")  # still empty, now that no other may write in it
+    finally:
+        os.close(opened)
 
 
 def versions() -> dict[str, str | None]:

@@ -6,8 +6,10 @@ the task checks.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -16,23 +18,13 @@ from lambdanets import __version__
 from lambdanets.errors import BadRun
 from lambdanets.files import field, present, read_json
 from lambdanets.recipes.recipe import TrainingRecipe
+from lambdanets.runs.checkpoints import is_checkpoint
 
 RUN_JSON = "run.json"
 _ROW = ("lr", "train_loss", "val_loss", "train_s", "images_per_s")
 _DEEPEST = 8  # levels of run.json; train writes five
 
 R = TypeVar("R", bound=TrainingRecipe)
-
-
-def begun_task(folder: str | Path) -> str | None:
-    """The kind of task of the run in a folder; None where none has begun. Raises BadRun, OSError."""
-    path = Path(folder) / RUN_JSON
-    if not present(path):
-        return None
-    try:
-        return str(_optional(read_json(path), "task", str, "classification"))
-    except ValueError as error:
-        raise BadRun(f"{path} is not a run of lambdanets {__version__}: {error}") from error
 
 
 def read_record(
@@ -53,21 +45,44 @@ def read_record(
     check_result  the same of (record, result), where there is a result
     What is not used is left as it is. Raises BadRun, naming the field, where it is none.
     """
-    path = Path(folder) / RUN_JSON
-    try:
+    with _reading(folder) as path:
         record = read_json(path)
         _check(record, task, recipe, row, check)
         if record["status"] == "finished" or "result" in record:
             result = field(record, "result", dict)
             check_number(result, "seconds")
             check_result(record, result)
+    return record
+
+
+def task_of(source: str | Path) -> str:
+    """The kind of task of a run, by its folder or a checkpoint RUN/step-N: "classification" where none is named, as in
+    0.1.0. Nothing else of it is looked at. Raises BadRun where there is no run."""
+    return _task_in(Path(os.path.abspath(source)).parent if is_checkpoint(source) else source)
+
+
+def begun_task(folder: str | Path) -> str | None:
+    """The kind of task of the run in a folder; None where none has begun. Raises BadRun, OSError."""
+    return _task_in(folder) if present(Path(folder) / RUN_JSON) else None
+
+
+def _task_in(folder: str | Path) -> str:
+    with _reading(folder) as path:
+        return str(_optional(read_json(path), "task", str, "classification"))
+
+
+@contextlib.contextmanager
+def _reading(folder: str | Path) -> Iterator[Path]:
+    """run.json of a folder, to be read in the block: what goes wrong there is a BadRun."""
+    path = Path(folder) / RUN_JSON
+    try:
+        yield path
     except (FileNotFoundError, NotADirectoryError):
         raise BadRun(f"{folder} is not the folder of a run: it has no {RUN_JSON}") from None
     except OSError as error:
         raise BadRun(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, ArithmeticError) as error:  # a recipe is refused with any of them
         raise BadRun(f"{path} is not a run of lambdanets {__version__}: {error}") from error
-    return record
 
 
 def _check(

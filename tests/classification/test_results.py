@@ -28,7 +28,7 @@ import lambdanets.data
 from lambdanets.classification.evaluate_run import Evaluation, _write, evaluate_run, per_class
 from lambdanets.classification.held_out import own_images
 from lambdanets.classification.plots import confusion_png, curves_svg
-from lambdanets.classification.report import _losses, _worst, write_report
+from lambdanets.classification.report import _worst, write_report
 from lambdanets.classification.run import Run, open_run
 from lambdanets.classification.scores import Confusion, evaluate
 from lambdanets.cli import main
@@ -38,6 +38,7 @@ from lambdanets.data.transforms import View
 from lambdanets.errors import BadData, BadImage, BadRun
 from lambdanets.files import write_json
 from lambdanets.recipes import choose
+from lambdanets.runs.page import losses
 from lambdanets.runs.weights import save_weights
 
 CPU = torch.device("cpu")
@@ -482,8 +483,8 @@ def test_the_losses_of_single_steps_are_those_of_the_log(tmp_path):
     lines = [{"step": 9, "loss": 2.5}, {"step": 19, "loss": "nan"}, {"step": 19, "val_loss": 1}]
     lines.append({"step": 29, "loss": 2})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 39, "lo')
-    assert _losses(tmp_path / "log.jsonl") == [(9, 2.5), (29, 2.0)]
-    assert _losses(tmp_path / "none") == []
+    assert losses(tmp_path) == [(9, 2.5), (29, 2.0)]
+    assert losses(tmp_path / "none") == []
     long = curves_svg([], [(step, 1.0) for step in range(100_000)])
     assert len(long) < 40_000  # stretches, not points
     assert curves_svg([], [(9, 2.5), (29, 2.0)]).startswith("<svg")

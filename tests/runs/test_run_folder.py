@@ -18,7 +18,6 @@ from PIL import Image
 
 import lambdanets
 import lambdanets.classification.report
-from lambdanets.classification.evaluate_run import _taken
 from lambdanets.classification.report import page
 from lambdanets.classification.run import open_run, read_record
 from lambdanets.classification.train import train
@@ -28,7 +27,7 @@ from lambdanets.recipes import choose
 from lambdanets.recipes.recipe import Options
 from lambdanets.runs import weights as weights_module
 from lambdanets.runs.checkpoints import read_checkpoint
-from lambdanets.runs.folder import choose_folder, next_numbered
+from lambdanets.runs.folder import choose_folder, evaluation_folder, next_numbered
 from lambdanets.runs.weights import Weights, load_weights, read_weights, save_weights
 
 COLOURS = ("blue", "green", "red")
@@ -445,7 +444,7 @@ def test_of_many_that_ask_at_once_each_gets_a_folder_of_its_own(tmp_path, monkey
 
 def test_of_many_evaluations_into_one_folder_one_gets_it(tmp_path):
     def write():
-        with _taken(tmp_path, tmp_path / "out") as folder:
+        with evaluation_folder(tmp_path, tmp_path / "out") as folder:
             time.sleep(0.02)
             (folder / "evaluation.json").write_text("{}")
 
