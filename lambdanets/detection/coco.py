@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -221,7 +220,7 @@ def object_rows(images: CocoImages, index: int) -> Iterator[dict[str, Any]]:
             "id": int(found.ids[at]),
             "image_id": int(images.image_ids[index]),
             "category_id": images.categories[found.labels[at] - 1].id,
-            "bbox": [x0, y0, _side(x0, x1), _side(y0, y1)],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],  # x0 + (x1 - x0) is x1 again: x1 was such a sum, or is whole
             "area": float(found.areas[at]),
             "iscrowd": int(found.crowd[at]),
         }
@@ -230,10 +229,3 @@ def object_rows(images: CocoImages, index: int) -> Iterator[dict[str, Any]]:
         elif mask is not None:
             row["segmentation"] = [polygon.ravel().tolist() for polygon in mask]
         yield row
-
-
-def _side(low: float, high: float) -> float:
-    """A side that leads from low to high again where it is added, which their difference may miss by a rounding."""
-    side = high - low
-    near = (side, math.nextafter(side, 0), math.nextafter(side, math.inf))
-    return next((one for one in near if low + one == high), side)

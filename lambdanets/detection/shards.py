@@ -86,7 +86,10 @@ def is_coco_shards(data: str | Path) -> bool:
     if not is_shards(where):
         return False
     home = where.removeprefix(STREAM)
-    _, path, local = filesystem(home)
+    try:
+        _, path, local = filesystem(home)
+    except BadData:  # a command, or a protocol whose package is missing: who opens it says so
+        return False
     if not local:
         return bool(manifest(home).files)
     try:
