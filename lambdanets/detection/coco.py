@@ -88,15 +88,15 @@ class CocoImages(Images):
             [self._segmentation(row) for row in rows.tolist()],
         )
 
-    def whole(self) -> CocoImages:
-        """All pictures of the file, of which this may be one part of a split."""
-        return coco_images(self._kept)
-
     def without(self, indices: Collection[int]) -> CocoImages:
         """The part but for the pictures at these places."""
         left = np.delete(self.image_ids, list(indices))
         pictures = self._kept.pictures
         return coco_images(self._kept, pictures[np.isin(self._kept.of.image_ids[pictures], left)])
+
+    def whole(self) -> CocoImages:
+        """All pictures of the file, of which this may be one part of a split."""
+        return coco_images(self._kept)
 
     def _segmentation(self, row: int) -> Segmentation:
         kept, of = self._kept, self._kept.of

@@ -183,8 +183,8 @@ def every_picture(
     kept = source.check(of, "val", categories, findings, wishes)
     findings.refuse(annotations or data)
     held = source.images(kept)
-    where = source.file if source.pictures is None else f"the held-out pictures of the shards {data}"
-    return held, f"all of {where}: {_counted(held)}", findings
+    where = f"all of {source.file}" if source.pictures is None else f"the held-out part of the shards {data}"
+    return held, f"{where}: {_counted(held)}", findings
 
 
 def _counted(images: CocoImages) -> str:
