@@ -292,9 +292,10 @@ class Sample(NamedTuple):
     others: list[str]
 
 
-def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object]) -> Iterator[Sample]:
+def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object], *, labelled: bool = True) -> Iterator[Sample]:
     """The samples of an archive, one after another, from its first byte to its last; `seen` gets every byte, in order.
 
+    labelled  False: beside a picture lies something else than its label, which is passed over; labels are 0
     Raises BadData, naming shard and place: a cut or damaged archive, whatever `header` refuses, a sample without a
     picture or with two, and one without a label or with one below 0.
     """
@@ -330,11 +331,11 @@ def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object]) -> Ite
             name = member.name if member else ""
             if member is None or not name:
                 continue  # a folder
-            if member.bytes > _MAX_TEXT_BYTES and key_and_suffix(name)[1] in (".cls", ".json"):
+            if labelled and member.bytes > _MAX_TEXT_BYTES and key_and_suffix(name)[1] in (".cls", ".json"):
                 raise BadData(f"{shard}, byte {start:,}: a label in {member.bytes:,} bytes: {name!r}")
         if ended or key_and_suffix(name)[0] != key:
             if found or others or label is not None:
-                yield _sample(shard, key, found, label, others)
+                yield _sample(shard, key, found, label if labelled else 0, others)
             key, found, label, others = key_and_suffix(name)[0], [], None, []
         if member is None:
             break
@@ -344,7 +345,7 @@ def samples(file: IO[bytes], shard: str, seen: Callable[[bytes], object]) -> Ite
             found.append((member, content))
             if len(found) > 1:  # said before a third is kept
                 _sample(shard, key, found, label, others)
-        elif suffix in (".cls", ".json"):
+        elif labelled and suffix in (".cls", ".json"):
             label = _label(shard, name, content) if label is None or suffix == ".cls" else label
         elif len(others) < SHOWN:
             others.append(name)

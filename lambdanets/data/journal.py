@@ -137,14 +137,16 @@ class Job:
         self._write(line)
         self._lines.append(json.loads(json.dumps(line)))
 
-    def finish(self, classes: tuple[str, ...], *, paths: bool, base: str = "") -> None:
+    def finish(
+        self, classes: tuple[str, ...], *, paths: bool, base: str = "", files: dict[str, str] | None = None
+    ) -> None:
         columns = {split: {name: self._join(split, name) for name in COLUMNS} for split in SPLITS}
         bad = {name: why for line in self._lines for name, why in line["bad"].items()}
         if bad:
             with placed(self.out / BAD_SAMPLES) as file:
                 file.writelines(json.dumps({"name": name, "reason": bad[name]}).encode() + b"\n" for name in bad)
         splits = {split: self.shards(split) for split in SPLITS}
-        held = Manifest(classes, paths, len(bad), base, self._plan, splits, columns)
+        held = Manifest(classes, paths, len(bad), base, self._plan, splits, columns, files or {})
         with placed(self.out / MANIFEST) as file:
             file.write(held.text().encode())
 

@@ -20,6 +20,10 @@ MANIFEST = "manifest.json"
 FORMAT = "lambdanets shards 1"
 
 
+ANNOTATED_FORMAT = "lambdanets annotated shards 1"
+"""Of shards whose pictures have no label each; older versions, which would take it for 0, refuse them by this."""
+
+
 COLUMNS = {"start": "<u8", "bytes": "<u4", "label": "<i4"}
 
 
@@ -72,6 +76,7 @@ class Manifest:
     base      where the shards lie; "": beside the manifest
     plan      what packing was asked for, to know a finished data set again
     splits    "train", "val" -> shards;  columns  the same -> column -> sha256 of its file
+    files     name -> sha256 of the files beside the manifest that say what is in the pictures; none where a label does
     """
 
     classes: tuple[str, ...]
@@ -81,16 +86,17 @@ class Manifest:
     plan: dict[str, Any]
     splits: dict[str, list[Shard]]
     columns: dict[str, dict[str, str]]
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """The JSON, the same for the same data set; a line a shard."""
         shards = {split: [shard._asdict() for shard in of] for split, of in self.splits.items()}
         # Apart from the shards, whose fields older versions know: they read this manifest too.
         heads = {split: [shard.pop("head") for shard in of] for split, of in shards.items()}
-        fields = {name: getattr(self, name) for name in ("classes", "paths", "left_out", "base", "plan", "columns")}
-        lines = [
-            f' "{name}": {_indented(value)}' for name, value in ({"format": FORMAT, **fields, "heads": heads}).items()
-        ]
+        names = ["classes", "paths", "left_out", "base", "plan", "columns", *(["files"] if self.files else [])]
+        fields: dict[str, Any] = {"format": ANNOTATED_FORMAT if self.files else FORMAT}
+        fields |= {name: getattr(self, name) for name in names} | {"heads": heads}
+        lines = [f' "{name}": {_indented(value)}' for name, value in fields.items()]
         lines.append(f' "splits": {{\n{_by_lines(shards)}\n }}')
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -121,7 +127,7 @@ def manifest(base: str) -> Manifest:
 
 
 def _manifest(held: dict[str, Any]) -> Manifest:
-    if held.get("format") != FORMAT:
+    if held.get("format") not in (FORMAT, ANNOTATED_FORMAT):
         raise ValueError(f"its format is {str(held.get('format'))[:60]!r}, not {FORMAT!r}")
     splits, columns = {}, {}
     of_splits, of_columns = field(held, "splits", dict), field(held, "columns", dict)
@@ -146,7 +152,21 @@ def _manifest(held: dict[str, Any]) -> Manifest:
     paths, base = field(held, "paths", bool), field(held, "base", str)
     if b"\0" in os.fsencode(base):  # a ValueError of its own where it is no text
         raise ValueError(f"its 'base' is {base[:60]!r}")
-    return Manifest(tuple(classes), paths, left_out, base, plan, splits, columns)
+    files = _files(held) if held["format"] == ANNOTATED_FORMAT else {}
+    return Manifest(tuple(classes), paths, left_out, base, plan, splits, columns, files)
+
+
+def _files(held: dict[str, Any]) -> dict[str, str]:
+    files = field(held, "files", dict)
+    for name, sha256 in files.items():
+        os.fsencode(name)
+        parts = name.split("/")
+        if {"", ".", ".."} & set(parts) or any(part in name for part in ("\\", "\0", "::")):
+            raise ValueError(f"the file {name[:60]!r} does not lie beside the manifest")
+        _hex(sha256, name)
+    if not files:
+        raise ValueError("it has no 'files' that say what is in the pictures")
+    return dict(files)
 
 
 def shard_of(held: Any, head: Any = "") -> Shard:

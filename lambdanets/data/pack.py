@@ -1,4 +1,4 @@
-"""Shards written: a folder of pictures packed into archives, or an index made for archives that others wrote.
+"""Shards written: pictures packed into archives, or an index made for archives that others wrote.
 
 Both go shard by shard. A finished shard is a line of the journal in the target folder; a job that was killed goes on
 from there and ends, byte for byte, where the undisturbed one does.  The manifest is written last.
@@ -33,7 +33,7 @@ from lambdanets.data.images import Images
 from lambdanets.data.journal import BAD_SAMPLES, Job, _job
 from lambdanets.data.manifest import COLUMNS, MANIFEST, SPLITS, Digest, Manifest, Shard, manifest
 from lambdanets.data.order import Order, natural
-from lambdanets.data.shards import column, differing, is_shards, place_of
+from lambdanets.data.shards import column, differing, file_beside, is_shards, place_of
 from lambdanets.errors import SHOWN, BadData, BadImage, DiskFault, some
 from lambdanets.files import end_with_parent, placed, read_file, tried_again
 
@@ -98,22 +98,74 @@ def pack(
     lists = {"train": found.train, "val": found.val}
     plan: dict[str, Any] = {"max_side_px": max_side_px, "shard_bytes": shard_bytes}
     plan |= {split: images.fingerprint() for split, images in lists.items()}
+    mixed = Order(len(found.train), seed=0, epoch=0)
+    parts = {split: _labelled(images, mixed if split == "train" else None) for split, images in lists.items()}
+    prepare = functools.partial(_of_folder, _root(found.train), max_side_px)
+    return pack_parts(
+        parts, out, prepare, found.train.classes, plan,
+        shard_bytes=shard_bytes, workers=workers, max_bad_frac=max_bad_frac,
+    )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """One split as it is packed.
+
+    names   of its pictures, of which no two in the data set are alike; they become the keys
+    labels  for the index
+    order   place in the shards -> position in `names`
+    beside  position -> suffix and content of the member that follows the picture
+    """
+
+    names: Sequence[str]
+    labels: Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
+    order: Order | range
+    beside: Callable[[int], tuple[str, bytes]]
+
+
+def _labelled(images: Images, order: Order | None) -> Part:
+    def label(index: int) -> tuple[str, bytes]:
+        return "cls", str(int(images.labels[index])).encode()
+
+    return Part(images.names, images.labels, range(len(images)) if order is None else order, label)
+
+
+def pack_parts(
+    parts: dict[str, Part],
+    out: Path,
+    prepare: Callable[[str], tuple[str, bytes] | BadImage],
+    classes: tuple[str, ...],
+    plan: dict[str, Any],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 0,
+    max_bad_frac: float = MAX_BAD_FRAC,
+    files: Callable[[set[str]], dict[str, str]] | None = None,
+) -> Packed:
+    """`pack`, of any pictures with anything beside them.
+
+    parts    of "train" and "val"
+    prepare  name -> suffix and bytes of a picture's file, see `prepared`; travels to the workers
+    plan     what is asked for, as JSON: a job of another plan in `out` is refused
+    files    writes what lies beside the manifest, once it is known which names were left out: file -> sha256
+    """
     with _job(out, plan, shared=False) as job:
         if job is not None:
-            job.forget_repaired(functools.partial(_prepared, _root(found.train), max_side_px))
-            for split, images in lists.items():
-                with contextlib.closing(_items(images, split, job.next(split), max_side_px, workers)) as items:
-                    _pack_split(job, split, images, items, shard_bytes, max_bad_frac)
-            job.finish(found.train.classes, paths=True)
+            job.forget_repaired(prepare)
+            for split, part in parts.items():
+                with contextlib.closing(_items(part, job.next(split), prepare, workers)) as items:
+                    _pack_split(job, split, part, items, shard_bytes, max_bad_frac)
+            left_out = {name for split in parts for name in job.bad(split)}
+            job.finish(classes, paths=True, files=None if files is None else files(left_out))
     return _result(str(out), manifest(str(out)))
 
 
 def _pack_split(
-    job: Job, split: str, images: Images, items: Iterator[_Item], shard_bytes: int, max_bad_frac: float
+    job: Job, split: str, part: Part, items: Iterator[_Item], shard_bytes: int, max_bad_frac: float
 ) -> None:
     number = len(job.shards(split))
     known = job.bad(split)
-    _check_bad(known, {}, split, len(images), max_bad_frac, items)
+    n_images = len(part.names)
+    _check_bad(known, {}, split, n_images, max_bad_frac, items)
     item = next(items, None)
     while item is not None:
         path = job.out / f"{split}-{number:05d}.tar"
@@ -124,13 +176,12 @@ def _pack_split(
             while item is not None:
                 if isinstance(item.found, BadImage):
                     bad[item.found.name] = item.found.reason
-                    _check_bad(known, bad, split, len(images), max_bad_frac, items)
+                    _check_bad(known, bad, split, n_images, max_bad_frac, items)
                 else:
-                    suffix, content = item.found
-                    members, picture_bytes = _archived(item.name, suffix, content, item.label)
+                    members, picture_bytes = _archived(item.name, item.found, part.beside(item.at))
                     if rows and digest.bytes + len(members) + len(_END) > shard_bytes:
                         break
-                    rows.append((digest.bytes, picture_bytes, item.label))
+                    rows.append((digest.bytes, picture_bytes, int(part.labels[item.at])))
                     file.write(members)
                     digest.update(members)
                 item = next(items, None)
@@ -140,10 +191,10 @@ def _pack_split(
         if shard is None:  # what was left could not be read
             path.unlink()
         number += 1
-        job.add(split, shard, rows, next_place=len(images) if item is None else item.place, bad=bad)
+        job.add(split, shard, rows, next_place=n_images if item is None else item.place, bad=bad)
         known |= bad
     if not job.shards(split):
-        raise BadData(f"none of the {len(images):,} images of {split} can be read; the first: {_listed(known, 1)}")
+        raise BadData(f"none of the {n_images:,} images of {split} can be read; the first: {_listed(known, 1)}")
 
 
 def _check_bad(
@@ -177,17 +228,16 @@ def _root(images: Images) -> Path:
 
 class _Item(NamedTuple):
     place: int
+    at: int  # in the names
     name: str
-    label: int
     found: tuple[str, bytes] | BadImage
 
 
 def _items(
-    images: Images, split: str, first: int, max_side_px: int | None, workers: int
+    part: Part, first: int, prepare: Callable[[str], tuple[str, bytes] | BadImage], workers: int
 ) -> Generator[_Item, None, None]:
     """What is to be packed, from a place on: (suffix, bytes) of a picture, or why it cannot be read."""
-    order = Order(len(images), seed=0, epoch=0)
-    prepare = functools.partial(_prepared, _root(images), max_side_px)
+    n_images = len(part.names)
     block = _BLOCK_IMAGES * max(1, workers)
     with contextlib.ExitStack() as stack:
         mapped: Callable[..., Any] = map
@@ -195,13 +245,13 @@ def _items(
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
             stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
             mapped = functools.partial(pool.map, chunksize=8)
-        for start in range(first, len(images), block):
-            places = range(start, min(start + block, len(images)))
-            ids = order[places.start : places.stop].tolist() if split == "train" else list(places)
-            names = [images.names[index] for index in ids]
+        for start in range(first, n_images, block):
+            places = range(start, min(start + block, n_images))
+            ids = np.asarray(part.order[places.start : places.stop]).tolist()
+            names = [part.names[index] for index in ids]
             try:
                 for place, index, name, found in zip(places, ids, names, mapped(prepare, names), strict=True):
-                    yield _Item(place, name, int(images.labels[index]), found)
+                    yield _Item(place, index, name, found)
             except BrokenProcessPool as error:
                 remedy = "give the same command, with fewer --workers if memory is short: finished shards are kept"
                 raise BadData(f"a process that reads pictures was killed: {remedy}") from error
@@ -213,10 +263,14 @@ def _begin_worker() -> None:
     end_with_parent()
 
 
-def _prepared(root: Path, max_side_px: int | None, name: str) -> tuple[str, bytes] | BadImage:
+def _of_folder(root: Path, max_side_px: int | None, name: str) -> tuple[str, bytes] | BadImage:
+    return prepared(root / name, name, max_side_px)
+
+
+def prepared(path: Path, name: str, max_side_px: int | None = None) -> tuple[str, bytes] | BadImage:
     """The picture's file read once, decoded from those bytes: all of it, since a cut file shows only then."""
     try:
-        content = _content(root / name, name)
+        content = _content(path, name)
         image = open_image(content, name=name)
         if max_side_px is not None and max(image.size) > max_side_px:
             image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
@@ -246,14 +300,12 @@ def _content(path: Path, name: str) -> bytes:
         raise DiskFault(name, f"{reason}; {remedy}") from error
 
 
-def _archived(name: str, suffix: str, content: bytes, label: int) -> tuple[bytes, int]:
+def _archived(name: str, found: tuple[str, bytes], beside: tuple[str, bytes]) -> tuple[bytes, int]:
     """The two members of a sample as bytes, and how many of those end with the picture's last one."""
     # WebDataset ends a key at the first dot; what is quoted here, ShardImages.called unquotes.
     key = quote(os.fsencode(name), safe="/ !#$&'()+,;=@[]^{}~").replace(".", "%2E")
-    picture = _head(f"{key}.{suffix}", content) + content
-    text = str(label).encode()
-    members = [_padded(picture), _padded(_head(f"{key}.cls", text) + text)]
-    return b"".join(members), len(picture)
+    picture, other = (_head(f"{key}.{suffix}", content) + content for suffix, content in (found, beside))
+    return _padded(picture) + _padded(other), len(picture)
 
 
 def _head(name: str, content: bytes) -> bytes:
@@ -342,6 +394,11 @@ def _compared(base: str, allow_sources: Sequence[str]) -> Packed:
     home = place_of(base, held, allow_sources)
     missing = differing(home, held, heads=False)
     wrong = []
+    for file in held.files:
+        try:
+            file_beside(base, held, file)
+        except BadData as error:
+            wrong.append(str(error))
     for split in SPLITS:
         columns: list[np.ndarray[Any, Any]] = []
         for name in COLUMNS:
@@ -355,7 +412,7 @@ def _compared(base: str, allow_sources: Sequence[str]) -> Packed:
             first += shard.samples
             if shard.name in missing:
                 wrong.append(f"{join(home, shard.name)} {missing[shard.name]}")
-            elif (why := _differs(home, shard, of_shard)) is not None:
+            elif (why := _differs(home, shard, of_shard, labelled=not held.files)) is not None:
                 wrong.append(why)
     if wrong:
         listed = some(wrong, between="\n  ")
@@ -363,12 +420,12 @@ def _compared(base: str, allow_sources: Sequence[str]) -> Packed:
     return _result(base, held)
 
 
-def _differs(home: str, shard: Shard, columns: list[np.ndarray[Any, Any]] | None) -> str | None:
+def _differs(home: str, shard: Shard, columns: list[np.ndarray[Any, Any]] | None, *, labelled: bool) -> str | None:
     """How an archive, read from end to end, differs from the manifest and from its part of the index."""
     where, digest, count, first = join(home, shard.name), Digest(), 0, None
     try:
         with whole(home, shard.name) as file:
-            for sample in samples(file, where, digest.update):
+            for sample in samples(file, where, digest.update, labelled=labelled):
                 if columns is not None and first is None and count < shard.samples:
                     picture = sample.picture
                     has = picture.start, picture.head_bytes + picture.bytes, sample.label

@@ -9,6 +9,9 @@ A data set of shards is a folder, or a URL that fsspec opens, with
     train.label.npy       int32
     val-..., val....      the same of the pictures held out
 
+Where a wing says more of a picture than a label, KEY.json holds that, labels are 0, and the manifest names the files
+beside it that say the same of all pictures (`Manifest.files`).
+
 Samples count through the shards in the manifest's order.  `pack.py` writes all this.  `ShardImages` reads a sample,
 `stream` whole shards, where a store serves no parts of files.
 """
@@ -26,7 +29,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast, overload
 from urllib.parse import unquote
 
@@ -58,6 +61,7 @@ from lambdanets.files import open_file, placed
 _PICTURE_BYTES = MAX_MEMBER_BYTES + (3 << 20)  # with its header, which may be extended
 _HEADER_BYTES = 1 << 16  # an index file's, at most
 _PART_BYTES = 16 << 20  # of a remote index, a read
+_FILE_BYTES = 4 << 30  # of `Manifest.files`
 _READERS = 16  # of a store, at a time, in each process
 
 
@@ -88,8 +92,13 @@ class ShardImages(Images):
 
     def load(self, index: int) -> Image.Image:
         """The picture. Raises BadImage where it is bad, BadData where the shard is: it is not what was indexed."""
+        name, content = self.read(index)
+        return open_image(content, name=name)
+
+    def read(self, index: int) -> tuple[str, bytes]:
+        """The name of a picture and the bytes of its file. Raises BadData where the shard is not what was indexed."""
         member, content = self._read(index)
-        return open_image(content, name=self.called(index, member.name))
+        return self.called(index, member.name), content
 
     def label_parts(self) -> Iterator[np.ndarray[Any, np.dtype[np.integer[Any]]]]:
         """Read, not mapped: pages of a mapped file that were touched count as memory of this process."""
@@ -163,8 +172,7 @@ class ShardImages(Images):
 
 
 def _again(where: str, base: str, split: str) -> Images:
-    found = _opened(where, (base,), compare=False)
-    return found.train if split == "train" else found.val
+    return open_parts(where, manifest(where.removeprefix(STREAM)), (base,), compare=False)[split]
 
 
 class _Names(Sequence[str]):
@@ -202,21 +210,38 @@ def open_shards(where: str | Path, *, allow_sources: Sequence[str] = ()) -> Fold
     compares every byte. A remote index is copied to ~/.cache/lambdanets once. Raises BadData: no manifest, a place that
     nobody allowed, a shard that is missing, cut, of another size or in another's place, an index that does not fit.
     """
-    return _opened(str(where), allow_sources, compare=True)
+    where = str(where)
+    home = where.removeprefix(STREAM)
+    held = manifest(home)
+    if held.files:
+        raise BadData(f"{home} holds no label a picture but {some(held.files)}: it is not for a classifier")
+    parts = open_parts(where, held, allow_sources)
+    if len(held.classes) < 2:
+        raise BadData(f"{join(home, MANIFEST)} has {len(held.classes)} class(es); a classifier needs two")
+    train, val = parts["train"], parts["val"]
+    counts = f"{len(train):,} training and {len(val):,} validation images of {len(held.classes):,} classes"
+    how = f"shards {where}: {counts} in {len(train.shards):,} and {len(val.shards):,} archives"
+    if held.left_out:
+        how += f"; {held.left_out:,} unreadable ones were left out when they were packed"
+    if train.streamed:
+        how += "; streamed by webdataset: shards are drawn at random, so a resumed run draws anew"
+    return FolderData(train, val, how, {})
 
 
-def _opened(where: str, allow_sources: Sequence[str], *, compare: bool) -> FolderData:
-    """`open_shards`; compare=False: again, in a process whose parent compared."""
+def open_parts(
+    where: str, held: Manifest, allow_sources: Sequence[str] = (), *, compare: bool = True
+) -> dict[str, ShardImages]:
+    """The pictures of each split of a manifest, compared as `open_shards` says.
+
+    compare  False: again, in a process whose parent compared
+    """
     home = where.removeprefix(STREAM)
     streamed = where.startswith(STREAM)
-    held = manifest(home)
     base = place_of(home, held, allow_sources)
     if compare and (wrong := differing(base, held, heads=not streamed)):
         count, why = sum(len(of) for of in held.splits.values()), (f"{name} {why}" for name, why in wrong.items())
         raise BadData(f"{len(wrong):,} of {count:,} shards of {base}: {some(why)}")
-    if len(held.classes) < 2:
-        raise BadData(f"{join(home, MANIFEST)} has {len(held.classes)} class(es); a classifier needs two")
-    parts = []
+    parts = {}
     for split in SPLITS:
         n = [shard.samples for shard in held.splits[split]]
         first_images = np.concatenate([[0], np.cumsum(n, dtype=np.int64)])
@@ -227,19 +252,11 @@ def _opened(where: str, allow_sources: Sequence[str], *, compare: bool) -> Folde
             start, length, label = pool.map(read_column, COLUMNS)
         known = [shard[:4] for shard in held.splits[split]]  # without heads: a run goes on with what it began with
         content = held.classes, held.paths, known, held.columns[split]["label"]
-        part = ShardImages(
+        parts[split] = ShardImages(
             held.classes, (), label, base, home, split, held.splits[split], first_images, start,
             length, held.paths, streamed, hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         )  # fmt: skip
-        parts.append(part)
-    train, val = parts
-    counts = f"{len(train):,} training and {len(val):,} validation images of {len(held.classes):,} classes"
-    how = f"shards {where}: {counts} in {len(train.shards):,} and {len(val.shards):,} archives"
-    if held.left_out:
-        how += f"; {held.left_out:,} unreadable ones were left out when they were packed"
-    if streamed:
-        how += "; streamed by webdataset: shards are drawn at random, so a resumed run draws anew"
-    return FolderData(train, val, how, {})
+    return parts
 
 
 def place_of(home: str, held: Manifest, allow_sources: Sequence[str]) -> str:
@@ -297,9 +314,27 @@ def column(home: str, held: Manifest, split: str, name: str, *, compare: bool = 
     if not local:
         return array(_fetched(home, file, sha256, n * dtype.itemsize, compare=compare), where, dtype, n, remedy)
     mapped = array(path, where, dtype, n, remedy)
-    if compare and (seen := on_disk(where, lambda: _sha256(path))) != sha256:
+    if compare and (seen := on_disk(where, lambda: sha256_of(path))) != sha256:
         raise BadData(f"{where}: its sha256 is {seen}, not the manifest's {sha256}, so it was changed: {remedy}")
     return mapped
+
+
+def file_beside(home: str, held: Manifest, name: str) -> Path:
+    """One of `Manifest.files` on this machine, compared with its sha256; of a remote one a copy, kept under that."""
+    where, sha256 = join(home, name), held.files[name]
+    _, path, local = filesystem(where)
+    if not local:
+        return _fetched(home, name, sha256, _FILE_BYTES, compare=True)
+    try:
+        seen = on_disk(where, lambda: sha256_of(path))
+    except DiskFault as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise BadData(f"{where} is missing, and {MANIFEST} names it: copy it again") from error
+        raise
+    if seen != sha256:
+        remedy = "copy it again, or pack the pictures anew, into a new folder"
+        raise BadData(f"{where}: its sha256 is {seen}, not the manifest's {sha256}, so it was changed: {remedy}")
+    return Path(path)
 
 
 # numpy lets Python parse a header, and CPython 3.11's parser counts its depth for all threads together: two at once can
@@ -331,7 +366,8 @@ def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: st
     return np.memmap(path, dtype, "r", offset=start, shape=(n,))
 
 
-def _sha256(path: str | Path) -> str:
+def sha256_of(path: str | Path) -> str:
+    """Of a file's content. Raises OSError."""
     digest, part = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with open_file(path) as file:
         while size := file.readinto(part):  # type: ignore[attr-defined]  # a buffered file's
@@ -344,8 +380,8 @@ def _fetched(home: str, name: str, sha256: str, most_bytes: int, *, compare: boo
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lambdanets"
     if not os.access(next(place for place in (cache, *cache.parents) if place.exists()), os.W_OK):
         cache = Path(tempfile.gettempdir()) / f"lambdanets-{os.getuid()}"
-    place, where = cache / f"{sha256}.npy", join(home, name)
-    if place.is_file() and (not compare or on_disk(str(place), lambda: _sha256(place)) == sha256):
+    place, where = cache / f"{sha256}{PurePosixPath(name).suffix}", join(home, name)
+    if place.is_file() and (not compare or on_disk(str(place), lambda: sha256_of(place)) == sha256):
         return place
     found, path, _ = filesystem(where)
     size = retried(where, lambda: int(found.info(path)["size"]))

@@ -61,12 +61,14 @@ class Wishes:
     all_headers   the size of every picture is compared, not of a thousand
     image_px      of the run, for objects that are too small then (D16); None: not looked at
     detections    most per picture of the run (D17); None: not looked at
+    on_disk       False: the pictures lie in archives, where it was looked at them when they were packed
     """
 
     skip_missing: bool = False
     all_headers: bool = False
     image_px: int | None = None
     detections: int | None = None
+    on_disk: bool = True
 
 
 class Kept(NamedTuple):
@@ -142,7 +144,8 @@ class _Check:
 
     def kept(self, root: Path, categories: tuple[Category, ...], wishes: Wishes) -> Kept:
         of = self.of
-        usable, sizes = look_at_pictures(of, root, self.part, self.findings, wishes.skip_missing, wishes.all_headers)
+        where = root if wishes.on_disk else None
+        usable, sizes = look_at_pictures(of, where, self.part, self.findings, wishes.skip_missing, wishes.all_headers)
         labels = self.labels(categories)
         if (lost := self.take(~self.known)).size:
             self.add("R78", "of a picture that the file does not list", "correct image_id", "error", lost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -87,6 +87,12 @@ class CocoImages(Images):
             kept.areas[rows],
             [self._segmentation(row) for row in rows.tolist()],
         )
+
+    def without(self, indices: Collection[int]) -> CocoImages:
+        """The part but for the pictures at these places."""
+        left = np.delete(self.image_ids, list(indices))
+        pictures = self._kept.pictures
+        return coco_images(self._kept, pictures[np.isin(self._kept.of.image_ids[pictures], left)])
 
     def whole(self) -> CocoImages:
         """All pictures of the file, of which this may be one part of a split."""
@@ -189,8 +195,9 @@ def write_clean(images: CocoImages, out: str | Path) -> None:
     file appears whole or not at all; raises OSError.
     """
     with placed(out) as file:
-        _write(file, "images", _pictures(images), first=True)
-        _write(file, "annotations", _annotations(images))
+        every = range(len(images))
+        _write(file, "images", (picture_row(images, index) for index in every), first=True)
+        _write(file, "annotations", (row for index in every for row in object_rows(images, index)))
         _write(file, "categories", (category._asdict() for category in images.categories))
         file.write(b"\n}\n")
 
@@ -202,27 +209,28 @@ def _write(file: IO[bytes], key: str, rows: Iterator[dict[str, Any]], *, first: 
     file.write(b"]")
 
 
-def _pictures(images: CocoImages) -> Iterator[dict[str, Any]]:
-    for id, name, (height, width) in zip(images.image_ids.tolist(), images.names, images.sizes.tolist(), strict=True):
-        yield {"id": id, "file_name": name, "height": height, "width": width}
+def picture_row(images: CocoImages, index: int) -> dict[str, Any]:
+    """What COCO's list "images" says of this picture."""
+    height, width = images.sizes[index].tolist()
+    return {"id": int(images.image_ids[index]), "file_name": images.names[index], "height": height, "width": width}
 
 
-def _annotations(images: CocoImages) -> Iterator[dict[str, Any]]:
-    for index, image_id in enumerate(images.image_ids.tolist()):
-        found, size = images.objects(index), images.sizes[index].tolist()
-        for at in range(len(found.ids)):
-            x0, y0, x1, y1 = found.boxes[at].tolist()
-            mask = found.segmentations[at]
-            row = {
-                "id": int(found.ids[at]),
-                "image_id": image_id,
-                "category_id": images.categories[found.labels[at] - 1].id,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": float(found.areas[at]),
-                "iscrowd": int(found.crowd[at]),
-            }
-            if isinstance(mask, bytes):
-                row["segmentation"] = {"size": size, "counts": mask.decode("ascii")}
-            elif mask is not None:
-                row["segmentation"] = [polygon.ravel().tolist() for polygon in mask]
-            yield row
+def object_rows(images: CocoImages, index: int) -> Iterator[dict[str, Any]]:
+    """What COCO's list "annotations" says of this picture's objects; the same is read from it again, to the bit."""
+    found, size = images.objects(index), images.sizes[index].tolist()
+    for at in range(len(found.ids)):
+        x0, y0, x1, y1 = found.boxes[at].tolist()
+        mask = found.segmentations[at]
+        row = {
+            "id": int(found.ids[at]),
+            "image_id": int(images.image_ids[index]),
+            "category_id": images.categories[found.labels[at] - 1].id,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],  # x0 + (x1 - x0) is x1 again: x1 was such a sum, or is whole
+            "area": float(found.areas[at]),
+            "iscrowd": int(found.crowd[at]),
+        }
+        if isinstance(mask, bytes):
+            row["segmentation"] = {"size": size, "counts": mask.decode("ascii")}
+        elif mask is not None:
+            row["segmentation"] = [polygon.ravel().tolist() for polygon in mask]
+        yield row

@@ -6,18 +6,20 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lambdanets.data.order import hash_of, natural
+from lambdanets.data.shards import ShardImages
 from lambdanets.detection.annotations import Annotations, read_annotations
 from lambdanets.detection.check import Category, Kept, Wishes, check_file, check_names
 from lambdanets.detection.coco import CocoImages, coco_images, write_clean
 from lambdanets.detection.findings import Findings
 from lambdanets.detection.pictures import safe, same_pictures
+from lambdanets.detection.shards import CocoShards, check_pairs, is_coco_shards, open_coco_shards
 from lambdanets.errors import BadData, DiskFault, printable, some
 from lambdanets.files import read_file
 
@@ -38,10 +40,22 @@ _KEYS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 
 
 class Source(NamedTuple):
-    """A COCO file, and folders that its pictures' names may start from."""
+    """A COCO file, and folders that its pictures' names may start from, or the archives that hold them."""
 
     file: Path
     roots: tuple[Path, ...]
+    pictures: ShardImages | None = None
+
+    def check(
+        self, of: Annotations, part: str, categories: tuple[Category, ...], findings: Findings, wishes: Wishes
+    ) -> Kept:
+        if self.pictures is not None:
+            check_pairs(of.names, self.pictures, self.file)
+            wishes = replace(wishes, on_disk=False)
+        return check_file(of, self.root(of), part, categories, findings, wishes)
+
+    def images(self, kept: Kept) -> CocoImages:
+        return coco_images(kept) if self.pictures is None else CocoShards.of(kept, self.pictures)
 
     def root(self, of: Annotations) -> Path:
         """The folder that has most of some twenty pictures; of equal ones the first."""
@@ -60,11 +74,14 @@ class CocoData:
 
 
 def is_coco(data: str | Path | None) -> bool:
-    """Whether `open_coco` would find one of its layouts there; little is read.
+    """Whether `open_coco` would find one of its layouts there, or shards of it; little is read. A URL is asked for its
+    manifest, and BadData is raised where it has none.
 
-    >>> is_coco("https://example.com/shards")
+    >>> is_coco("no/such/folder")
     False
     """
+    if data is not None and is_coco_shards(data):
+        return True
     try:
         return data is not None and _found(Path(data)) is not None
     except BadData:  # several at once: `open_coco` says so
@@ -84,7 +101,7 @@ def open_coco(
 ) -> CocoData:
     """A COCO data set, looked at.
 
-    data         a folder in one of LAYOUTS, or one COCO file
+    data         a folder in one of LAYOUTS, one COCO file, or the folder or URL that `pack_coco` wrote
     annotations  a COCO file in any place, instead; a tenth of its pictures is held out
     images       the folder that its file names start from (default: found beside the file)
     seed         one file is split by a hash of (seed, image id): a new picture moves no other
@@ -118,16 +135,19 @@ def look_at_coco(
     for of, part in zip(files, parts, strict=True):
         check_names(of, part, findings)
     categories = _classes(files[0], class_names)
-    kept = [check_file(files[0], sources[0].root(files[0]), parts[0], categories, findings, wishes)]
+    kept = [sources[0].check(files[0], parts[0], categories, findings, wishes)]
     if len(sources) == 2:
         others = _matched(files[1], categories, findings, whole=class_names is None)
-        kept.append(check_file(files[1], sources[1].root(files[1]), parts[1], others, findings, wishes))
-        train, val = coco_images(kept[0]), coco_images(kept[1])
-        how = f"{sources[0].file} and {sources[1].file} as given"
+        kept.append(sources[1].check(files[1], parts[1], others, findings, wishes))
+        train, val = (source.images(of) for source, of in zip(sources, kept, strict=True))
+        packed = sources[0].pictures is not None
+        how = f"shards {data}" if packed else f"{sources[0].file} and {sources[1].file} as given"
     else:
         train, val = _split(kept[0], seed, findings)
         how = f"{sources[0].file}, a tenth of its pictures held out by a hash of (seed {seed}, image id)"
-    pairs = same_pictures((train.root, list(train.names)), (val.root, list(val.names)))
+    pairs = []
+    if sources[0].pictures is None:
+        pairs = same_pictures((train.root, list(train.names)), (val.root, list(val.names)))
     what = "pictures that are in both parts, by their content"
     names = (f"{one} = {other}" for one, other in pairs)
     findings.add("D15", "", what, "AP on them says nothing; hold out others", "warning", len(pairs), names)
@@ -160,10 +180,11 @@ def every_picture(
             known = f"its classes are {some(of.category_names)}, those asked for {some(class_names)}"
             raise BadData(f"{source.file} has none of the classes: {known}")
         categories = _with_ids(of, class_names)
-    kept = check_file(of, source.root(of), "val", categories, findings, wishes)
+    kept = source.check(of, "val", categories, findings, wishes)
     findings.refuse(annotations or data)
-    held = coco_images(kept)
-    return held, f"all of {source.file}: {_counted(held)}", findings
+    held = source.images(kept)
+    where = f"all of {source.file}" if source.pictures is None else f"the held-out part of the shards {data}"
+    return held, f"{where}: {_counted(held)}", findings
 
 
 def _counted(images: CocoImages) -> str:
@@ -189,6 +210,8 @@ def write_fixed(found: CocoData, out: str | Path) -> str:
     if left := [row for row in found.findings.errors if row.id in _NOT_MENDED]:
         raise BadData(f"--fix cannot mend {some(f'{row.id} ({row.what})' for row in left)}: correct that first")
     train, val = found.train, found.val
+    if isinstance(train, CocoShards):
+        raise BadData("--fix links to pictures, and these lie in shards, which hold what is clean: nothing is written")
     one = train.file == val.file
     places = [("annotations.json", "images")] if one else [
         ("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")
@@ -219,6 +242,10 @@ def _sources(data: str | Path | None, annotations: str | Path | None, images: st
         return [Source(file, _beside(file) if images is None else (Path(images),))]
     if data is None:
         raise ValueError("open_coco needs data or annotations")
+    if is_coco_shards(data):
+        if images is not None:
+            raise BadData(f"{data} holds its pictures, in archives: leave --images-dir out")
+        return [Source(file, (file.parent,), pictures) for file, pictures in open_coco_shards(data)]
     path = Path(data)
     try:
         found = _found(path)

@@ -28,9 +28,12 @@ _HEAD_BYTES = 4096
 
 
 def look_at_pictures(
-    of: Annotations, root: Path, part: str, findings: Findings, skip_missing: bool, all_headers: bool
+    of: Annotations, root: Path | None, part: str, findings: Findings, skip_missing: bool, all_headers: bool
 ) -> tuple[_Array, _Array]:
-    """Which pictures of a file can be used, bool (n,), and their sizes, int64 (n, 2) height, width px."""
+    """Which pictures of a file can be used, bool (n,), and their sizes, int64 (n, 2) height, width px.
+
+    root  None: the pictures are not files, and what the file says of them is taken for true
+    """
     usable = np.ones(len(of.names), bool)
 
     def left_out(id: str, what: str, action: str, which: _Array, *, dropped: bool = False) -> None:
@@ -44,12 +47,16 @@ def look_at_pictures(
     left_out("R77", "pictures whose id another has", "give each its own id", twice)
     unsafe = np.array([at for at, name in enumerate(of.names) if not safe(name)], np.int64)
     left_out("R80", "pictures whose file_name leads out of the folder", "refused: name a file below it", unsafe)
-    missing = np.flatnonzero(usable & ~_there(root, of.names, usable))
-    where = "left out" if skip_missing else f"not below {root}; add them, or leave them out with --skip-missing"
-    left_out("R70", "pictures that are missing", where, missing, dropped=skip_missing)
     sizes = of.sizes.copy()
-    unknown = np.flatnonzero(usable & (sizes == 0).any(axis=1))
-    _compare(of, root, part, findings, usable, sizes, unknown, all_headers, left_out)
+    if root is None:
+        unknown = np.flatnonzero(usable & (sizes == 0).any(axis=1))
+        left_out("R79", "pictures whose size the file does not say", "write height and width", unknown)
+    else:
+        missing = np.flatnonzero(usable & ~_there(root, of.names, usable))
+        where = "left out" if skip_missing else f"not below {root}; add them, or leave them out with --skip-missing"
+        left_out("R70", "pictures that are missing", where, missing, dropped=skip_missing)
+        unknown = np.flatnonzero(usable & (sizes == 0).any(axis=1))
+        _compare(of, root, part, findings, usable, sizes, unknown, all_headers, left_out)
     large = np.flatnonzero(usable & (sizes.prod(axis=1) > MAX_IMAGE_PX))
     left_out("R79", f"pictures of more than {MAX_IMAGE_PX:,} pixels", "no such picture is decoded: shrink them", large)
     return usable, sizes
