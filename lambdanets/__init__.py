@@ -30,26 +30,36 @@ _HOME = {
     "accelerate": "models.timm_layers",
     "from_d_li14": "models.d_li14",
     "fuse": "models.fuse",
+    "create_detector": "detection.detector",
+    "Detector": "detection.detector",
+    "HeadSizes": "detection.detector",
+    "paste": "detection.masks",
 }
 
 __all__ = [
+    "Detector",
+    "HeadSizes",
     "LambdaLayer",
     "LambdaLayer1d",
     "LambdaLayer3d",
     "LambdaResNet",
     "Problem",
     "accelerate",
+    "create_detector",
     "create_model",
     "from_d_li14",
     "fuse",
     "lambda_op",
     "list_models",
     "model_cost",
+    "paste",
     "plan",
     "resize_table",
 ]
 
 if TYPE_CHECKING:
+    from lambdanets.detection.detector import Detector, HeadSizes, create_detector
+    from lambdanets.detection.masks import paste
     from lambdanets.layers.lambda_layer import LambdaLayer, LambdaLayer1d, LambdaLayer3d
     from lambdanets.layers.loading import resize_table
     from lambdanets.models.cost import model_cost

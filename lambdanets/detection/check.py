@@ -43,6 +43,9 @@ _RUN_FAULTS = {
 }
 
 
+_MANY = 300  # objects in a picture, from which it is said what their masks take
+
+
 class Category(NamedTuple):
     """A class, with the id that the data set gives it."""
 
@@ -325,6 +328,11 @@ class _Check:
             what, names = f"pictures with more than {wishes.detections:,} objects", (of.names[at] for at in many)
             action = f"AR is capped there: --detections {int(counts.max())} finds them all"
             add("D17", part, what, action, "warning", len(many), names)
+        if part != "val":
+            crowded = kept.pictures[counts[kept.pictures] > _MANY]
+            what, names = f"pictures with more than {_MANY} objects", (of.names[at] for at in crowded)
+            action = "a step holds a mask of each at the size of the image: mind the memory"
+            add("D17", part, what, action, "warning", len(crowded), names)
 
     def small(self, kept: Kept, single: _Array, image_px: int) -> None:
         boxes = kept.boxes[single]

@@ -84,6 +84,8 @@ class Detector(nn.Module):
     forward(images)            in evaluation: of each image a dict of boxes (n, 4) xyxy in its pixels, labels (n,) from
                                1, scores (n,), masks (n, 28, 28) in [0, 1], each of its box; `lambdanets.paste` puts
                                them into the picture. The best score comes first
+    forward(images, targets, seeds=...)   in evaluation: these, and of each image its losses by themselves: frozen
+                               norms, samples drawn by its own seed, whatever else is in the batch
 
     images   a list of (C, H_i, W_i) in [0, 1], of any sizes; or (b, C, H, W), padded right and below to multiples of
              `multiple`, with `sizes`, (height, width) of each
@@ -164,12 +166,14 @@ class Detector(nn.Module):
         targets: Sequence[dict[str, Tensor]] | None = None,
         *,
         sizes: Sequence[tuple[int, int]] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Any:
         maps = self.maps(images, sizes)
         if maps.canvas.is_meta:
             return self._shapes(maps)
         if not self.training:
-            return self.found(maps)
+            found = self.found(maps)
+            return found if seeds is None or targets is None else (found, self._judged(maps, targets, seeds))
         if targets is None:
             raise ValueError("in training a detector needs targets: model(images, targets)")
         self.check_targets(targets, maps.sizes)
@@ -187,7 +191,9 @@ class Detector(nn.Module):
         found, _ = self.roi_heads.of_maps(maps, proposals, None)
         return found
 
-    def judged(self, maps: Maps, targets: Sequence[dict[str, Tensor]], seeds: Sequence[int]) -> list[dict[str, Tensor]]:
+    def _judged(
+        self, maps: Maps, targets: Sequence[dict[str, Tensor]], seeds: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
         """The five losses of each image by itself, in evaluation mode: frozen norms, samples drawn by its own seed.
 
         They do not depend on what else is in the batch.

@@ -24,7 +24,7 @@ from lambdanets.files import read_file
 VAL_FRAC = 0.1
 LAYOUTS = """DIR/annotations/instances_{train,val}2017.json with DIR/train2017/ and DIR/val2017/ (COCO's own)
 DIR/{train,valid}/_annotations.coco.json beside the pictures (Roboflow's)
-DIR/{train,val}.json with DIR/images/
+DIR/{train,val}.json with DIR/images/, or with names that start in DIR
 one JSON file alone, itself or in DIR or DIR/annotations, its pictures there or in images/: a tenth is held out"""
 
 # Errors about a file as a whole; of all others something can be left out.
@@ -264,11 +264,16 @@ def _roboflow(path: Path) -> list[Source] | None:
 
 
 def _pair(path: Path) -> list[Source] | None:
-    if not (path / "train.json").is_file() or not (path / "images").is_dir():
+    if not (path / "train.json").is_file():
         return None
     held = [path / f"{name}.json" for name in ("val", "valid", "validation") if (path / f"{name}.json").is_file()]
     files = [path / "train.json", *held[:1]]
-    return [Source(file, (path / "images", path)) for file in files] if all(map(_looks_coco, files)) else None
+    places: tuple[Path, ...] = (path / "images", path)
+    if not (path / "images").is_dir():  # names that start in DIR, as labelme2coco writes them
+        if not held:
+            return None
+        places = (path,)
+    return [Source(file, places) for file in files] if all(map(_looks_coco, files)) else None
 
 
 def _alone(path: Path) -> list[Source] | None:

@@ -146,11 +146,12 @@ def _of_images(
     targets = [{name: t.to(device) for name, t in target.items()} for target in batch.targets()[part]]
     for target in targets:
         target["boxes"] = target["boxes"].to(dtype)
-    maps = model.maps(seen)
-    losses = model.judged(maps, targets, [hash_of("judged", int(images.image_ids[i])) for i in ids])
+    seeds = [hash_of("judged", int(images.image_ids[i])) for i in ids]
+    detections, losses = model(seen, targets, seeds=seeds)
+    sizes = [(image.shape[1], image.shape[2]) for image in seen]
     rows = []
     for index, loss, found, original, size in zip(
-        ids, losses, model.found(maps), batch.originals[part].tolist(), maps.sizes, strict=True
+        ids, losses, detections, batch.originals[part].tolist(), sizes, strict=True
     ):
         boxes = in_picture(found["boxes"], size, original)
         masks = None

@@ -3,6 +3,7 @@
 Models are run once on PyTorch's meta device, which has shapes and no data.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,12 +137,17 @@ def plan_text(
     return "\n".join(lines)
 
 
-def models_text(image_px: int = 224) -> str:
-    """The table that `lambdanets models` prints: names, parameters, GFLOPs, where the lambda layers are."""
-    lines = [f"{'model':<22} {'params':>12} {f'GFLOPs at {image_px}':>14}  blocks (lambda layers) in c2..c5"]
+def models_text(image_px: int = 224, *, detector_params: Callable[[str], int] | None = None) -> str:
+    """The table that `lambdanets models` prints: names, parameters, GFLOPs, where the lambda layers are.
+
+    detector_params   of the detector on a model of that name: a column more
+    """
+    more = "" if detector_params is None else f" {'of a detector':>13}"
+    lines = [f"{'model':<22} {'params':>12}{more} {f'GFLOPs at {image_px}':>14}  blocks (lambda layers) in c2..c5"]
     for name in list_models():
         rows = model_cost(name, image_px)
         stages = "  ".join(f"{r.blocks} ({r.lambdas})" for r in rows if r.stage.startswith("c"))
         total = 2e-9 * sum(r.macs for r in rows)
-        lines.append(f"{name:<22} {sum(r.params for r in rows):12,} {total:14.2f}  {stages}")
+        more = "" if detector_params is None else f" {detector_params(name):13,}"
+        lines.append(f"{name:<22} {sum(r.params for r in rows):12,}{more} {total:14.2f}  {stages}")
     return "\n".join(lines)

@@ -370,6 +370,7 @@ class _Run:
             "epoch": at.epoch + 1,
             "loss": str(loss),  # JSON has no NaN
             "gradient_norm": str(found.norm),
+            "counts": {name: str(value) for name, value in found.counts.items()},
             "images": suspects,
         }
         if self.log is not None:

@@ -11,6 +11,7 @@ from coco_sets import HIGH, WIDE, draw, held, pair, rectangle, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lambdanets.data.procedural import coco_shapes
 from lambdanets.detection.annotations import read_annotations
 from lambdanets.detection.check import Category
 from lambdanets.detection.coco import CocoImages, write_clean
@@ -485,3 +486,18 @@ def test_a_file_with_bytes_changed_gives_objects_that_are_sound_or_bad_data(data
                 elif mask is not None:
                     assert mask
                     assert all(np.isfinite(polygon).all() and len(polygon) >= 3 for polygon in mask)
+
+
+def test_two_files_whose_names_start_in_their_own_folder_are_a_layout(tmp_path):
+    """As labelme2coco writes them: train.json and val.json beside the folder of the pictures."""
+    folder = coco_shapes(tmp_path / "shapes", images=4, split=1, image_px=64)
+    (folder / "images").rename(folder / "pictures")
+    for name in ("train.json", "val.json"):
+        held = json.loads((folder / name).read_text())
+        for picture in held["images"]:
+            picture["file_name"] = f"pictures/{picture['file_name']}"
+        (folder / name).write_text(json.dumps(held))
+    assert is_coco(folder)
+    found = open_coco(folder)
+    assert (len(found.train), len(found.val)) == (3, 1)
+    assert found.train.load(0).size == (64, 64)

@@ -257,8 +257,9 @@ def test_the_losses_of_an_evaluation_are_of_each_image_alone() -> None:
     image, other = torch.rand(3, 150, 203, dtype=torch.float64), torch.rand(3, 200, 260, dtype=torch.float64)
     with torch.no_grad():
         ambient = torch.get_rng_state()
-        alone = model.judged(model.maps([image]), [targets_of(image)], [11])[0]
-        both = model.judged(model.maps([other, image]), [targets_of(other), targets_of(image)], [5, 11])[1]
+        found, (alone,) = model([image], [targets_of(image)], seeds=[11])
+        _, (_, both) = model([other, image], [targets_of(other), targets_of(image)], seeds=[5, 11])
+        assert torch.equal(found[0]["boxes"], model([image])[0]["boxes"])
     assert torch.equal(ambient, torch.get_rng_state())
     for name in LOSSES:
         torch.testing.assert_close(both[name], alone[name], rtol=0, atol=1e-10)

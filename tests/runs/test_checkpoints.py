@@ -865,6 +865,16 @@ def test_a_pickle_is_refused_unread(old_format, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_are_no_pickle_however_long_their_header_is(tmp_path):
+    begins = set()
+    for letters in range(1, 300):
+        path = tmp_path / f"{letters}.safetensors"
+        safetensors.torch.save_file({"a" * letters: torch.ones(2)}, path)
+        assert torch.equal(read_weights(path)["a" * letters], torch.ones(2))
+        begins.add(path.read_bytes()[0])
+    assert 0x80 in begins  # as a pickle does
+
+
 def test_weights_are_found_by_the_folder_of_their_run(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
     assert torch.equal(read_weights(tmp_path)["a"], torch.ones(2))
