@@ -114,8 +114,8 @@ def _parser() -> ArgumentParser:
 
 _COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (train, "train on a folder of images, or on handwritten digits"),
-    "predict": (predict, "classify image files with a run"),
-    "evaluate": (evaluate, "a run's accuracy on a folder of images"),
+    "predict": (predict, "what a run sees in image files"),
+    "evaluate": (evaluate, "how good a run is on a data set"),
     "report": (report, "curves, mistakes and speed of a run in one HTML file"),
     "check": (check, "look for what is wrong with a COCO data set"),
     "pack": (pack, "pack a folder of images into tar shards"),

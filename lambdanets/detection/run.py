@@ -13,7 +13,7 @@ from lambdanets import __version__
 from lambdanets.data.decode import MAX_IMAGE_PX
 from lambdanets.detection.check import Category
 from lambdanets.detection.detector import Detector, HeadSizes, create_detector
-from lambdanets.detection.precision import Precision
+from lambdanets.detection.precision import RECALLS, Precision
 from lambdanets.detection.transforms import DetectionView
 from lambdanets.errors import BadRun, printable
 from lambdanets.files import field
@@ -51,6 +51,10 @@ def _check(held: dict[str, Any]) -> None:
     field(held["data"], "skip_missing", bool)
     if held.get("init_image_px") is not None:
         field(held, "init_image_px", int)
+    for row in held["history"]:
+        for name in row:
+            if name.startswith(("train_", "val_")):
+                check_number(row, name)
 
 
 def _check_result(held: dict[str, Any], result: dict[str, Any]) -> None:
@@ -58,12 +62,36 @@ def _check_result(held: dict[str, Any], result: dict[str, Any]) -> None:
     check_number(result, "loss")
     for loss in field(result, "losses", dict):
         check_number(result["losses"], loss)
-    for name in ("box", "mask"):
-        if result.get(name) is not None or name == "box":
-            try:
-                Precision.read(field(result, name, dict))
-            except KeyError as error:
-                raise ValueError(f"its {name!r} has no {error}") from error
+    box, mask = field(result, "box", dict), result.get("mask")
+    for kind in (box, mask):
+        if kind is not None:
+            _check_precision(kind, len(held["categories"]))
+    if mask is not None and mask.keys() != box.keys():
+        raise ValueError("its 'box' and 'mask' have not the same numbers")
+
+
+def _check_precision(held: dict[str, Any], classes: int) -> None:
+    """Raises ValueError or TypeError for what is not as `Precision.json` writes it."""
+    most, rows = field(held, "max_detections", list), field(held, "by_class", list)
+    curve = field(field(held, "curve_iou50", dict), "precision", list)
+    if [type(n) for n in most] != [int] * 3 or len(rows) != classes or len(curve) != len(RECALLS):
+        raise ValueError("its average precision has not three numbers of detections, a row a class and a curve")
+    for point in curve:
+        check_number({"curve_iou50": point}, "curve_iou50")
+    names = [name for name in held if name.startswith(("ap", "ar"))]
+    for of, key in [*((held, name) for name in names), *((row, key) for row in rows for key in ("ap", "ap50"))]:
+        if field(of, key, (float, int, type(None))) is not None:
+            check_number(of, key)
+    for row in rows:
+        field(row, "name", str)
+        for key in ("id", "objects", "images"):
+            field(row, key, int)
+    if len(names) != 12:
+        raise ValueError(f"its average precision has {len(names)} of COCO's twelve numbers")
+    try:
+        Precision.read(held)
+    except KeyError as error:
+        raise ValueError(f"its average precision has no {error}") from error
 
 
 def recipe_of(held: dict[str, Any]) -> DetectionRecipe:
