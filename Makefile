@@ -15,7 +15,7 @@ demo: $(STAMP)
 # The picture and its masks are data in a wheel of 3 MB, which is unpacked and not installed.
 NUCLEI := build/stardist/.downloaded
 demo-detection: $(STAMP) $(NUCLEI)
-	$(BIN)/python -m lambdanets demo --nuclei build/stardist/stardist-0.9.2-*.whl
+	$(BIN)/python -m lambdanets demo --nuclei $$(ls build/stardist/stardist-0.9.2-*.whl | head -n 1)
 
 $(NUCLEI): | $(STAMP)
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: -d build/stardist stardist==0.9.2

@@ -35,7 +35,7 @@ SHOWN_SCORE = 0.5
 PICTURE = "nuclei.png"
 
 _PICTURE, _MASKS = "stardist/data/images/img2d.tif", "stardist/data/images/mask2d.tif"
-_ENLARGED, _LETTERS_PX, _GAP_PX = 2, 18, 6
+_ENLARGED, _LETTERS_PX, _GAP_PX, _BLACK, _COLOURS = 2, 18, 6, 40, 192
 
 Pixels = np.ndarray[Any, Any]
 
@@ -169,7 +169,8 @@ def demo(
     scores = evaluate(run.model, batches, val, device=torch.device("cpu"))
     picture = result.folder / PICTURE
     try:
-        side_by_side(val, scores.detected).save(picture, optimize=True)
+        sheet = side_by_side(val, scores.detected)
+        sheet.quantize(_COLOURS, dither=Image.Dither.NONE).save(picture, optimize=True)
     except OSError as error:
         raise BadRun(f"{result.folder} is trained, but {picture} cannot be written: {error}") from error
     objects = sum(int((~val.objects(i).crowd).sum()) for i in range(len(val)))
@@ -221,6 +222,8 @@ def side_by_side(images: CocoImages, detected: Sequence[Detected], score: float 
             found.boxes.append(one.boxes[k] + down)
             found.masks.append(bits)
             found.names.append(names[best] if over and over[best] >= 0.5 else f"{i}, found {k}")
+    # The camera's noise, which is most of the file, becomes black.
+    grey = grey.point([max(0, v - _BLACK) * 255 // (255 - _BLACK) for v in range(256)] * 3)
     words = f"{len(truth.names)} by hand", f"{len(found.names)} found, score {score:g} or more"
     panels = [("held out", grey.resize((_ENLARGED * width, _ENLARGED * height), Image.Resampling.BILINEAR))]
     for word, seen in zip(words, (truth, found), strict=True):

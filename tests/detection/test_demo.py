@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lambdanets.cli import main
 from lambdanets.detection import demo
 from lambdanets.detection.layouts import open_coco
 from lambdanets.detection.masks import decode, rasterise
@@ -159,3 +160,10 @@ def test_the_demonstration_reads_the_wheel_trains_judges_and_draws(made_up, tmp_
         assert picture.width == 1024
     whole = open_coco(tmp_path / "nuclei")
     assert (len(whole.val), whole.val.n_objects) == (3, 3)
+
+
+def test_the_command_passes_its_arguments_on(monkeypatch):
+    given = []
+    monkeypatch.setattr(demo, "demo", lambda *args, **kwargs: given.append((args, kwargs)))
+    assert main(["demo", "--nuclei", "a.whl", "--out", "x", "--seed", "3", "--device", "cpu"]) == 0
+    assert given == [(("a.whl", "x"), {"seed": 3, "device": "cpu"})]
