@@ -53,7 +53,7 @@ DISCS = 1, 2  # the labels of warm and cold discs
 FAR_PX = 100  # the convolutional detector's map for such boxes sees 89 px at most (its gradient), a marker has 6
 LOOK_SEED = 100
 COMPARED = "disc_ap", "disc_ap50", "other_ap", "called_rightly", "far_called_rightly"
-STEPS = 600
+STEPS = 250
 HOW_CHOSEN = "not yet"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # by the number of pairs
 
