@@ -7,10 +7,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test test-all test-gpu test-oldest lint loss-curve bench soak clean
+.PHONY: demo demo-detection test test-all test-gpu test-oldest lint loss-curve bench soak clean
 
 demo: $(STAMP)
 	$(BIN)/python -m lambdanets demo
+
+# The picture and its masks are data in a wheel of 3 MB, which is unpacked and not installed.
+NUCLEI := build/stardist/.downloaded
+demo-detection: $(STAMP) $(NUCLEI)
+	$(BIN)/python -m lambdanets demo --nuclei $$(ls build/stardist/stardist-0.9.2-*.whl | head -n 1)
+
+$(NUCLEI): | $(STAMP)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: -d build/stardist stardist==0.9.2
+	touch $@
 
 test: $(STAMP)
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
@@ -41,7 +50,7 @@ soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 clean:
-	rm -rf .venv .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lambdanets needs Python 3.11 or 3.12, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

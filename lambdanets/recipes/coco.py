@@ -162,6 +162,31 @@ def detect(*, small: bool = False) -> DetectionRecipe:
     return replace(_small(run), name="detect_small") if small else run
 
 
+def nuclei(*, small: bool = False) -> DetectionRecipe:
+    """The demonstration: 125 nuclei in one micrograph, of which a CPU learns to find and to outline the held-out ones.
+
+        make demo-detection
+
+    Of 33 held-out nuclei (and 5 small pieces of others, which do not count) the seeds 0, 1 and 2 gave box AP50 0.894,
+    0.928 and 0.899, mask AP50 0.853, 0.896 and 0.928 (AP 0.62, 0.62, 0.61 and 0.61, 0.60, 0.59), each in 170 s of one
+    core's time (2026-11-28). Views of 192 px are shown as 160 to 280 px and cropped to 160, in all eight flips and
+    turns. These were the first values tried. `small` is for tests: four steps.
+    """
+    run = replace(
+        _small(detect()),
+        name="nuclei",
+        steps=150,
+        min_steps=0,
+        eval_epochs=1000,
+        scale_jitter=(1.0, 1.75),
+        turns=True,
+        in_channels=1,
+        mean=(0.25,),
+        std=(0.25,),
+    )
+    return replace(run, name="nuclei_small", steps=4, warmup_steps=1, image_px=64) if small else run
+
+
 def _small(run: DetectionRecipe) -> DetectionRecipe:
     """The form that a CPU trains in minutes: regions, not the body, are the time there."""
     return replace(
