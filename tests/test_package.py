@@ -26,7 +26,7 @@ ARROWS = {
     "runs": "recipes errors files",
     "training": "runs recipes data.order errors files untouched",
     "classification": "training models runs data recipes errors files",
-    "detection": "training models runs data recipes errors files",
+    "detection": "training models layers runs data recipes errors files",
     "commands": "classification detection training models runs data recipes errors files",
     "cli": "commands errors",
     "__main__": "cli",
@@ -111,7 +111,7 @@ def test_every_public_name_is_there_and_an_unknown_one_says_what_is() -> None:
 
     assert all(getattr(lambdanets, name) is not None for name in lambdanets.__all__)
     assert set(lambdanets.__all__) <= set(dir(lambdanets))
-    with pytest.raises(AttributeError, match="lambdanets has no 'LambdaConv'; it has LambdaLayer"):
+    with pytest.raises(AttributeError, match="lambdanets has no 'LambdaConv'; it has Detector, HeadSizes, LambdaLayer"):
         lambdanets.LambdaConv  # noqa: B018
 
 

@@ -366,7 +366,7 @@ def test_plan_prints_the_cost_and_refuses_unknown_names(capsys):
 
 
 def test_models_prints_the_list(monkeypatch, capsys):
-    monkeypatch.setattr(lambdanets.models.cost, "models_text", lambda: "name params")
+    monkeypatch.setattr(lambdanets.models.cost, "models_text", lambda **_: "name params")
     assert main(["models"]) == 0
     assert capsys.readouterr().out == "name params\n"
 
@@ -377,7 +377,7 @@ def test_waiting_threads_leave_the_cores_to_others_unless_told(policy, spin, mon
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    monkeypatch.setattr(lambdanets.models.cost, "models_text", lambda: "")
+    monkeypatch.setattr(lambdanets.models.cost, "models_text", lambda **_: "")
     main(["models"])
     assert os.environ.get("GOMP_SPINCOUNT") == spin
 
