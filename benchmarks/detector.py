@@ -9,7 +9,7 @@
 Agreement comes first: ours of resnet50_cccc, with torchvision's weights, gives torchvision's boxes, scores, masks and
 losses to the last bit on the images that are timed, and nothing is timed otherwise. Ratios are a reference's time over
 a contender's, turn by turn, interleaved in shuffled turns: their median and spread. Training is forward and backward in
-training mode without an optimizer; every call draws the same samples.
+training mode without an optimizer; heads learn from equal proposals, and every call draws the same samples.
 
 A photograph of 4:3 stands in a square canvas for torchvision, whose resizing and pasting are off, and for "visible"; a
 tight canvas is what "masked" makes of it. At these sizes that holds no padding: what the mask costs is measured in the
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 from benchmarks import detector_outside as outside
+from benchmarks.detector_scenes import CLASSES, objects, pictures, regions
 from benchmarks.detector_targets import REFERENCE, judged, table
 from benchmarks.model import Disagreement, fitting
 from benchmarks.op import library, measure, start
@@ -47,7 +47,6 @@ from benchmarks.public import as_if_trained
 from lambdanets.detection.detector import LOSSES, HeadSizes, create_detector
 
 THEIRS, BASE = REFERENCE, "resnet50_cccc"
-CLASSES, OBJECTS = 90, 8
 SECTIONS = ("whole", "trunk", "memory", "outside")
 FOUND = ("boxes", "labels", "scores", "masks")
 STEP_BYTES_A_PX = 7000  # of a training step, about: what must be free before one is tried
@@ -77,7 +76,7 @@ TIMED = {
     "trunk": [name for name in CONTENDERS if "101" not in name],
     "memory": [name for name in CONTENDERS if name != "torchvision, tight"],
 }
-QUICK = ["torchvision", "resnet50_cccc visible", "resnet50_cccc masked", "resnet50_cccc masked, square"]
+QUICK = ["torchvision", "resnet50_cccc visible", "resnet50_cccc masked, square"]
 # Contender and reference, besides torchvision, which all but the models of 101 layers are compared with.
 ALSO = [
     ("resnet50_cccc masked, square", "resnet50_cccc visible"),
@@ -168,31 +167,6 @@ def models(names: Sequence[str], counts: Counts, device: str) -> dict[str, Any]:
     return made
 
 
-def pictures(px: int, batch: int, device: str) -> Tensor:
-    """Images (batch, 3, px, px) in [0, 1]: a photograph of 4:3, and black below it."""
-    draw = torch.Generator().manual_seed(1)
-    canvas = torch.zeros(batch, 3, px, px)
-    canvas[:, :, : px * 3 // 4] = torch.rand(batch, 3, px * 3 // 4, px, generator=draw)
-    return canvas.to(device)
-
-
-def objects(height: int, width: int, batch: int, device: Any) -> list[dict[str, Tensor]]:
-    """8 objects an image, all in its upper three quarters, whatever its height; half of each box is mask."""
-    draw = torch.Generator().manual_seed(2)
-    targets = []
-    for _ in range(batch):
-        side = width * torch.exp(torch.empty(OBJECTS, 2).uniform_(math.log(0.06), math.log(0.6), generator=draw))
-        side = side.clamp(4)
-        low = torch.rand(OBJECTS, 2, generator=draw) * (torch.tensor([1.0, 0.75]) * width - side)
-        boxes = torch.cat((low, low + side), 1)
-        masks = torch.zeros(OBJECTS, height, width, dtype=torch.uint8)
-        for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist(), strict=True):
-            mask[y0 : y1 + 1, x0 : (x0 + x1) // 2 + 1] = 1
-        labels = torch.randint(1, CLASSES + 1, (OBJECTS,), generator=draw)
-        targets.append({"boxes": boxes.to(device), "labels": labels.to(device), "masks": masks.to(device)})
-    return targets
-
-
 def shown(contender: Contender, px: int, batch: int, device: str) -> tuple[Tensor, Any, list[dict[str, Tensor]]]:
     """Images, their sizes (None: all of the canvas is image) and targets, as the contender is given them."""
     canvas, height = pictures(px, batch, device), px * 3 // 4
@@ -204,9 +178,19 @@ def shown(contender: Contender, px: int, batch: int, device: str) -> tuple[Tenso
 
 
 def work(
-    model: Any, contender: Contender, px: int, batch: int, device: str, training: bool, trunk: bool = False
+    model: Any,
+    contender: Contender,
+    px: int,
+    batch: int,
+    device: str,
+    training: bool,
+    trunk: bool = False,
+    own_regions: bool = False,
 ) -> Callable[[], Any]:
-    """One call to be timed; the model must be in the mode that `training` says."""
+    """One call to be timed; the model must be in the mode that `training` says.
+
+    own_regions  a training step's heads learn from the model's own proposals, not from everybody's `regions`
+    """
     images, sizes, targets = shown(contender, px, batch, device)
     theirs = contender.model == THEIRS
     given = list(images) if theirs or contender.canvas == "tight" else images  # a canvas of its own, or this one
@@ -225,6 +209,9 @@ def work(
         with torch.inference_mode():
             return maps() if trunk else whole()
 
+    def proposed(_: Any, __: Any, out: Any) -> Any:
+        return regions(targets, [len(boxes) for boxes in out[0]]), out[1]
+
     grads: list[Tensor] = []
 
     def step() -> Any:
@@ -238,7 +225,10 @@ def work(
             torch.autograd.backward(found, grads)
             losses = {}
         else:
+            hook = None if own_regions else model.rpn.register_forward_hook(proposed)
             losses = whole(targets)
+            if hook is not None:
+                hook.remove()
             torch.stack(list(losses.values())).sum().backward()
         model.zero_grad(set_to_none=True)
         return {name: value.detach() for name, value in losses.items()}
@@ -258,7 +248,7 @@ def agree(theirs: Any, ours: Any, px: int, device: str) -> dict[str, Any]:
     with exact:
         for training in (False, True):
             theirs.train(training), ours.train(training)
-            args = (px, 1, device, training)
+            args = (px, 1, device, training, False, True)
             with counted(theirs) as count:
                 want = work(theirs, CONTENDERS[THEIRS], *args)()
             got = work(ours, CONTENDERS["resnet50_cccc visible"], *args)()
@@ -438,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=None, help="at least so many: 7")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="128 px, 1 image, few regions, four contenders")
+    parser.add_argument("--quick", action="store_true", help="128 px, 1 image, few regions, three contenders")
     parser.add_argument("--out", type=Path, default=None, help="JSON, written after every row")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)

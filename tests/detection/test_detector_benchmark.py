@@ -52,8 +52,6 @@ def test_a_contender_is_shown_its_canvas_and_a_tight_one_is_a_masked_square_with
 
 
 def test_what_is_run_is_printed_judged_and_kept(made, monkeypatch, tmp_path, capsys) -> None:
-    quick = [name for name in detector.QUICK if name != "resnet50_cccc masked"]
-    monkeypatch.setattr(detector, "QUICK", quick)
     monkeypatch.setattr(detector, "models", lambda *given: made)
     monkeypatch.setattr(
         detector, "measure", lambda calls, *limits: {name: [seconds(call, "cpu")] for name, call in calls.items()}
@@ -69,9 +67,12 @@ def test_what_is_run_is_printed_judged_and_kept(made, monkeypatch, tmp_path, cap
         ("whole", "inference"), ("whole", "training"), ("trunk", "inference"), ("trunk", "training"),
     ]  # fmt: skip
     whole, trunk = result["rows"][0], result["rows"][-1]
-    assert list(whole["contenders"]) == quick
+    assert list(whole["contenders"]) == detector.QUICK
     assert {one["mask_regions"] for one in whole["contenders"].values()} == {5}
-    assert result["rows"][1]["contenders"]["torchvision"]["box_regions"] == 8
+    regions = [(one["box_regions"], one["mask_regions"]) for one in result["rows"][1]["contenders"].values()]
+    assert regions == [(8, 2)] * 3  # a quarter is on objects
+    assert whole["same_counts"]
+    assert result["rows"][1]["same_counts"]
     assert "proposals" not in trunk["contenders"]["torchvision"]
     pairs = {(r["contender"], r["reference"]): r for r in trunk["ratios"]}
     assert ("resnet50_cccc masked, square", "resnet50_cccc visible") in pairs
