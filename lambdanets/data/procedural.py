@@ -19,7 +19,7 @@ CUE_SHAPES = ("warm disc", "cold disc", "box", "triangle", "ring", "L")
 _SIDES_PX = 12, 60
 _SEEN_PX = 24  # of which less is seen is no object
 _MARKER_PX, _FROM_EDGE_PX = 6, 2
-_MARKERS = np.array([(235, 110, 30), (30, 110, 235)])
+_MARKERS = np.array([(255, 40, 0), (0, 40, 255)])
 
 Bits = np.ndarray[Any, np.dtype[np.bool_]]
 Points = np.ndarray[Any, np.dtype[np.float64]]
@@ -59,7 +59,8 @@ def shapes(
         seen = [_behind(one, bits) for one in seen]
         seen.append(Shape(name, bits, outline))
         pixels[bits] = _colour(draw) + draw.normal(0, 8, (int(bits.sum()), 1))
-    if cue:
+    if cue:  # nothing but the marker has a colour: how far it is seen is to be asked, not whether it is made out
+        pixels[:] = pixels.mean(2, keepdims=True)
         marker = np.zeros((image_px, image_px), bool)
         top, left = (_FROM_EDGE_PX if at else image_px - _FROM_EDGE_PX - _MARKER_PX for at in draw.integers(0, 2, 2))
         marker[top : top + _MARKER_PX, left : left + _MARKER_PX] = True

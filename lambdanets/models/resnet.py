@@ -203,14 +203,16 @@ class LambdaResNet(StrictLoading):
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """(b, in_chans, H, W) -> logits (b, num_classes).
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
-        padding  bool (b, H, W), True on real pixels, which lie at the top left, False on padding: in evaluation an
-                 image then gets what it gets alone, on any canvas whose sides are multiples of 32
+    def forward_padded(self, x: Tensor, padding: Tensor) -> Tensor:
+        """Logits (b, num_classes) of padded images: in evaluation each gets what it gets alone.
+
+        x        (b, in_chans, H, W), the sides multiples of 32
+        padding  bool (b, H, W), True on real pixels, which lie at the top left, False on padding
         """
-        if padding is None:
-            return self.forward_head(self.forward_features(x))
+        # Not an argument of `forward`: torch.fx, by which models are fused and cut into features, traces those.
         if padding.dtype != torch.bool or padding.shape != (x.shape[0], *x.shape[2:]):
             raise ValueError(
                 f"padding must be bool (b, H, W) = {(x.shape[0], *x.shape[2:])}, True on real pixels, and is "

@@ -324,10 +324,10 @@ def test_classification_is_as_it_was_without_a_mask_and_with_one_as_if_the_image
     canvas = on_canvas(image[0], 128, 192)
     padding = torch.zeros(1, 128, 192, dtype=torch.bool)
     padding[:, :96, :160] = True
-    torch.testing.assert_close(model(canvas, padding), model(image), rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.forward_padded(canvas, padding), model(image), rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match="padding must be bool"):
-        model(canvas, padding[:, :96])
+        model.forward_padded(canvas, padding[:, :96])
     clone = copy.deepcopy(model)
     clone.reset_classifier(5, "max")
     with pytest.raises(ValueError, match="global_pool is 'max'"):
-        clone(canvas, padding)
+        clone.forward_padded(canvas, padding)

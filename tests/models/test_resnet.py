@@ -31,6 +31,8 @@ def params(model: nn.Module) -> int:
 MILLIONS = {
     "lambda_resnet50": 18.96, "lambda_resnet101": 36.87, "lambda_resnet152": 51.40, "lambda_resnet200": 57.99,
     "lambda_resnet270": 81.37, "lambda_resnet350": 105.5, "lambda_resnet420": 124.4, "lambda_resnet101_c4": 25.98,
+    "resnet101_d": 44.6, "resnet101_d_se": 63.6, "resnet152_d": 60.2, "resnet152_d_se": 86.6,  # Table 6
+
     "lambda_resnet152_c4": 35.08, "lambda_resnet200_c4": 41.67, "resnet50_cccc": 25.6, "resnet50_lccc": 25.5,
     "resnet50_llcc": 25.0, "resnet50_lllc": 21.7, "resnet50_llll": 15.0, "resnet50_clll": 15.1, "resnet50_ccll": 15.56,
     "resnet50_cccl": 18.8, "resnet50_se": 28.1, "resnet50_llll_u4": 16.04,
@@ -47,7 +49,7 @@ def test_parameter_counts_are_the_papers(name: str) -> None:
 
 def test_no_published_name_is_without_a_row_or_a_function() -> None:
     for name in list_models():
-        assert name in MILLIONS or re.fullmatch("resnet50_[cl]{4}|lambda_resnet_tiny", name)
+        assert name in MILLIONS or re.fullmatch("resnet50_[cl]{4}|lambda_resnet_(tiny|small)", name)
         assert callable(ENTRYPOINTS[name])
         assert timm.is_model(name)
     assert {f"resnet50_{a}{b}{c}{d}" for a in "cl" for b in "cl" for c in "cl" for d in "cl"} <= set(SIZES)
