@@ -44,9 +44,9 @@ class Pyramid(FeaturePyramidNetwork):
         inner = [block(x) for block, x in zip(self.inner_blocks, maps, strict=True)]
         for i in reversed(range(len(inner) - 1)):
             above = F.interpolate(inner[i + 1], size=inner[i].shape[-2:], mode="nearest")
-            inner[i] = inner[i] + above
-        if reals is not None:
-            inner = [x * real for x, real in zip(inner, reals, strict=True)]
+            inner[i] += above  # in its place, as below: the gradients need none of these maps
+        for x, real in zip(inner, reals or (), strict=False):
+            x *= real
         outer = [block(x) for block, x in zip(self.layer_blocks, inner, strict=True)]
         outer.append(outer[-1][:, :, ::2, ::2])
         return outer, None if reals is None else [*reals, reals[-1][:, :, ::2, ::2]]

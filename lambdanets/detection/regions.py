@@ -35,8 +35,7 @@ class _ProposalHead(RPNHead):
         objectness, corrections = [], []
         for level, x in enumerate(features):
             real = None if reals is None else reals[level]
-            for block in self.conv:
-                x, _ = masked(block, x, real)
+            x, _ = masked((layer for block in self.conv for layer in block), x, real)
             objectness.append(_exact(self.cls_logits(x)))
             corrections.append(_exact(self.bbox_pred(x)))
         return objectness, corrections
@@ -135,7 +134,8 @@ class Heads(RoIHeads):
         """What is found on the proposals in evaluation, and the losses in training."""
         if maps.reals is not None:
             for x in maps.features[:4]:
-                _repeat_the_edge(x, maps.sizes, maps.canvas)
+                stride = maps.canvas.shape[2] // x.shape[2]
+                _EdgeRepeated.apply(x, [(-(-height // stride), -(-width // stride)) for height, width in maps.sizes])
         levels, sizes = {str(level): x for level, x in enumerate(maps.features[:4])}, maps.sizes
         if self.training and targets is not None:
             return [], self._losses(levels, proposals, sizes, list(targets))
@@ -188,13 +188,33 @@ def _exact(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _repeat_the_edge(x: Tensor, sizes: Sequence[tuple[int, int]], canvas: Tensor) -> None:
-    """Write the last real row and column of a map once more after it: RoIAlign reads there what it would read at the
-    end of a map of the image alone, which ends there."""
-    stride = canvas.shape[2] // x.shape[2]
-    for i, (height, width) in enumerate(sizes):
-        rows, columns = -(-height // stride), -(-width // stride)
-        if rows < x.shape[2]:
-            x[i, :, rows] = x[i, :, rows - 1]
-        if columns < x.shape[3]:
-            x[i, :, :, columns] = x[i, :, :, columns - 1]
+class _EdgeRepeated(torch.autograd.Function):
+    """The last real row and column of a map are written once more after it, in its place: RoIAlign reads there what it
+    would read at the end of a map of the image alone, which ends there.
+
+    Assigned one by one, each row and column of each image would cost five passes over the map's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: list[tuple[int, int]]) -> Tensor:
+        """x (b, C, H, W); rows and columns of each image that are real."""
+        ctx.ends = ends
+        ctx.mark_dirty(x)
+        for one, (rows, columns) in zip(x, ends, strict=True):
+            if rows < x.shape[2]:
+                one[:, rows] = one[:, rows - 1]
+            if columns < x.shape[3]:
+                one[:, :, columns] = one[:, :, columns - 1]
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        for one, (rows, columns) in zip(grad, ctx.ends, strict=True):
+            if columns < grad.shape[3]:
+                one[:, :, columns - 1] += one[:, :, columns]
+                one[:, :, columns] = 0
+            if rows < grad.shape[2]:
+                one[:, rows - 1] += one[:, rows]
+                one[:, rows] = 0
+        return grad, None

@@ -59,13 +59,15 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """The block's map; `real` as in `LambdaResNet.forward_maps`, of the size of x."""
-        y = self.act1(self.bn1(self.conv1(x)))
-        if real is None:
-            y = self.conv2(y)
-        elif isinstance(self.conv2, LambdaLayer):
+        y = self.bn1(self.conv1(x))
+        if real is not None and not isinstance(self.conv2, LambdaLayer):
+            # In its place, and before the ReLU, whose result its gradient needs: no second map is held.
+            y *= real
+        y = self.act1(y)
+        if real is not None and isinstance(self.conv2, LambdaLayer):
             y = self.conv2(y, padding=real[:, 0].bool())
         else:
-            y = self.conv2(y * real)
+            y = self.conv2(y)
         y = self.bn3(self.conv3(self.act2(self.bn2(y))))
         y = self.drop_path(self.se(y) if real is None else self._squeezed(y, fitted(real, y)))
         # In its place: a new map takes three times as long.
@@ -76,7 +78,8 @@ class Bottleneck(nn.Module):
         """Squeeze-and-excitation whose mean is over real positions."""
         if not isinstance(self.se, SEModule):
             return self.se(y)
-        mean = (y * real).sum((2, 3), keepdim=True) / real.sum((2, 3), keepdim=True)
+        seen = real.flatten(2).mT.to(y.dtype)  # as a product: y * real would be a map of its own
+        mean = (y.flatten(2) @ seen / seen.sum(1, keepdim=True))[..., None]
         return y * self.se.gate(self.se.fc2(self.se.act(self.se.bn(self.se.fc1(mean)))))
 
     @staticmethod
@@ -86,6 +89,7 @@ class Bottleneck(nn.Module):
             return downsample(x)
         pool, *rest = downsample.children()
         if not isinstance(pool, nn.Identity):
+            real = real.to(x.dtype)
             share = pool(real)
             x = pool(x * real) / (share + (share == 0))
         for layer in rest:
@@ -100,9 +104,18 @@ def fitted(real: Tensor, x: Tensor) -> Tensor:
 
 def masked(layers: Iterable[nn.Module], x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The layers in turn, and the mask of what they give: padding is 0 wherever a kernel larger than 1 x 1 reads it."""
-    for layer in layers:
-        if real is not None and getattr(layer, "kernel_size", 1) not in (1, (1, 1)):
-            x = x * real
+    layers = list(layers)
+    around = [getattr(layer, "kernel_size", 1) not in (1, (1, 1)) for layer in layers]
+    zero = False
+    for i, layer in enumerate(layers):
+        if real is not None and around[i] and not zero:
+            x = x * real.to(x.dtype)  # autocast would have the product in float32
+        if real is not None and i and isinstance(layer, nn.ReLU) and any(around[i + 1 :]):
+            # In its place, and before the ReLU, whose result its gradient needs: no second map is held.
+            x *= real
+            zero = True
+        elif not isinstance(layer, nn.ReLU):
+            zero = False
         x = layer(x)
         real = None if real is None else fitted(real, x)
     return x, real
