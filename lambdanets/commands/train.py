@@ -117,11 +117,15 @@ def run(given: Namespace) -> int:
     asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small")
     told = any(_told(given, asked + _OF_ANY + _OF_LABELS + _OF_BOXES + _OF_COCO))
     try:
-        again = begun_task(given.out) if given.resume and given.out is not None and not told else None
+        begun = begun_task(given.out) if given.resume and given.out is not None else None
     except OSError as error:
         raise BadRun(f"--out {given.out} cannot be read ({error.strerror})") from error
-    if again is not None:  # the same, without being told
-        return _again(given, again, how)
+    if begun is not None and not told:  # the same, without being told
+        return _again(given, begun, how)
+    if given.init_image_px is not None and given.init_from is None:
+        raise recipes.BadRecipe("--init-image-px says at which size the weights of --init-from were trained: give both")
+    if begun == "detection" and given.data is None and given.annotations is None:
+        return _detector(given, how)
     if given.data is None and given.annotations is None and given.recipe not in (None, "digits") and not given.small:
         remedy = "give --data FOLDER, or try --small on the digits"
         raise recipes.BadRecipe(f"--recipe {given.recipe} learns from a folder of images: {remedy}")
@@ -129,7 +133,8 @@ def run(given: Namespace) -> int:
         return _detector(given, how)
     for name in _told(given, _OF_BOXES + _OF_COCO):
         raise recipes.BadRecipe(
-            f"--{name.replace('_', '-')} is of detectors, and --data {given.data} has no COCO file: leave it out"
+            f"--{name.replace('_', '-')} is of detectors, which learn from --data with COCO files"
+            + ("" if given.data is None else f", and {given.data} has none: leave it out")
         )
     recipe = recipes.choose(
         given.recipe or ("digits" if given.data is None else "folder"),
@@ -188,12 +193,16 @@ def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
 def _detector(given: Namespace, how: dict[str, Any]) -> int:
     from lambdanets.detection.layouts import read_class_names
     from lambdanets.detection.source import CocoSource
-    from lambdanets.detection.train import frozen_where_it_starts_trained, train
+    from lambdanets.detection.train import frozen_where_it_starts_trained, recorded, train
     from lambdanets.errors import BadData, BadRecipe
     from lambdanets.recipes import coco
 
-    name = given.recipe or "detect"
-    if given.data is None and given.annotations is None:
+    name, small, source = given.recipe or "detect", given.small, None
+    run = recorded(given.out) if given.resume and given.out is not None else None
+    if given.data is None and given.annotations is None and run is not None:  # its data, and what else was said
+        source, named = run[1], run[0].name
+        name, small = given.recipe or named.removesuffix("_small"), given.small or named.endswith("_small")
+    if given.data is None and given.annotations is None and source is None:
         raise BadRecipe(f"--recipe {name} learns from COCO files: give --data COCO")
     if given.data is not None and given.annotations is not None:
         raise BadData("--data and --annotations are two places: give one of them")
@@ -205,7 +214,7 @@ def _detector(given: Namespace, how: dict[str, Any]) -> int:
         name,
         model=given.model,
         image_px=given.image_px,
-        small=given.small,
+        small=small,
         epochs=given.epochs,
         scale_jitter=None if given.scale_jitter is None else tuple(given.scale_jitter),
         masks=False if given.boxes_only else None,
@@ -215,7 +224,7 @@ def _detector(given: Namespace, how: dict[str, Any]) -> int:
     if given.batch_norm is None:
         recipe = frozen_where_it_starts_trained(recipe, given.init_from)
     names = None if given.class_names is None else tuple(read_class_names(given.class_names))
-    source = CocoSource(given.data, given.annotations, given.images_dir, names, given.skip_missing)
+    source = source or CocoSource(given.data, given.annotations, given.images_dir, names, given.skip_missing)
     return _show(
         train(recipe, source, out=given.out, seed=given.seed or 0, init_from=given.init_from,
               init_image_px=given.init_image_px, **how)

@@ -58,6 +58,20 @@ class HeadSizes:
     detections: int = 100
     score_min: float = 0.05
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "proposals", tuple(self.proposals))  # JSON gives lists
+        counts = ("fpn_channels", "rpn_convs", "box_convs", "box_fc", "mask_convs", "rois_per_image", "detections")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: one at least")
+        if len(self.proposals) != 4 or min(self.proposals) < 1:
+            raise ValueError(f"proposals is {self.proposals}: four counts, one at least")
+        if not (self.anchor_per_stride > 0 and 0 < self.roi_positive_frac <= 1 and 0 < self.score_min < 1):
+            raise ValueError(
+                f"anchor_per_stride is {self.anchor_per_stride}, roi_positive_frac {self.roi_positive_frac}, score_min "
+                f"{self.score_min}: above 0, at most 1 and below 1"
+            )
+
 
 class _Backbone(nn.Module):
     """`body` and `fpn`, under torchvision's names."""
@@ -106,8 +120,8 @@ class Detector(nn.Module):
         heads: HeadSizes | None = None,
     ) -> None:
         super().__init__()
-        if classes < 1:
-            raise ValueError(f"classes is {classes}: one at least, without the background")
+        if type(classes) is not int or classes < 1:
+            raise ValueError(f"classes is {classes!r}: a whole number, one at least, without the background")
         if padding not in ("masked", "visible"):
             raise ValueError(f"padding is {padding!r}: 'masked' or 'visible'")
         if padding == "masked" and not hasattr(body, "forward_maps"):
@@ -239,6 +253,11 @@ class Detector(nn.Module):
     ) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
         """The images, normalised, on one canvas; what of it is real (None: all, or it is not asked); their sizes."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        if mean.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the detector's weights are {mean.dtype}, and boxes need float32: keep the weights so, and call it "
+                "under torch.autocast"
+            )
         channels = len(mean)
         for i, image in enumerate(images):
             if image.dim() != 3 or image.shape[0] != channels or not image.is_floating_point() or not image.numel():
@@ -299,8 +318,15 @@ class Detector(nn.Module):
                     f"image {i}: masks are {target['masks'].dtype} {tuple(target['masks'].shape)}, and uint8 "
                     f"{(n, *size)} is needed: one an object, of the size of the image"
                 )
+            has_mask = target.get("has_mask")
+            if has_mask is not None and (has_mask.shape != (n,) or has_mask.dtype != torch.bool):
+                raise ValueError(
+                    f"image {i}: has_mask is {has_mask.dtype} {tuple(has_mask.shape)}, and bool {(n,)} is needed"
+                )
             if not n or boxes.device.type != "cpu":
                 continue
+            if self.masks and int(target["masks"].max()) > 1:
+                raise ValueError(f"image {i}: masks hold {int(target['masks'].max())}: 0 and 1 alone are understood")
             if not bool(((labels >= 1) & (labels <= self.classes)).all()):
                 raise ValueError(f"image {i}: labels {labels.tolist()[:10]}: 1 to {self.classes}, 0 is the background")
             if not bool(torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):

@@ -27,7 +27,12 @@ _OWN_VIEW = ("mean", "std")  # of the data that is to be learnt; torchvision's f
 
 
 def load_detector_weights(
-    model: Detector, source: str | Path, *, classes: Sequence[str], image_px: int | None = None
+    model: Detector,
+    source: str | Path,
+    *,
+    classes: Sequence[str],
+    image_px: int | None = None,
+    backbone: str | None = None,
 ) -> dict[str, str]:
     """Start `model` from weights that were trained before; gives what run.json keeps, as `runs.weights.load_weights`.
 
@@ -35,6 +40,7 @@ def load_detector_weights(
               file with the names of either, or of torchvision's `maskrcnn_resnet50_fpn_v2`
     classes   of the model, by name: the layers that have a class each start new where the source's are others, or where
               their number differs
+    backbone  the name of the model's, to be compared with that of the source's run
     image_px  at which a file without a run was trained; needed where the model has lambda layers
 
     A relative table trained on smaller maps has offsets that no two positions had: they got no gradient and are the
@@ -42,13 +48,19 @@ def load_detector_weights(
     Raises BadRun: no such file, not finite, names or shapes of another model, or its image size is not known.
     """
     try:
-        return _loaded(model, Path(source), classes, image_px)
+        return _loaded(model, Path(source), classes, image_px, backbone)
     except BadRun as error:
         raise BadRun(f"--init-from {error}") from error
 
 
-def _loaded(model: Detector, path: Path, classes: Sequence[str], image_px: int | None) -> dict[str, str]:
-    trained_px, trained_on = _of_its_run(path)
+def _loaded(
+    model: Detector, path: Path, classes: Sequence[str], image_px: int | None, backbone: str | None
+) -> dict[str, str]:
+    trained_px, trained_on, trained = _of_its_run(path)
+    if None not in (trained, backbone) and trained != backbone:
+        raise BadRun(
+            f"{path} is a run of {printable(trained)}, and here the backbone is {backbone}: give --model {trained}"
+        )
     said = []
     with Weights(path) as found:
         names = _names(model, found.shapes)
@@ -60,6 +72,8 @@ def _loaded(model: Detector, path: Path, classes: Sequence[str], image_px: int |
         found.rename(names)
         own, shapes = part.state_dict(), found.shapes
         new = [n for n in own if whole and n.startswith(_BY_CLASS) and _differs(n, own, shapes, trained_on, classes)]
+        if whole and not new and trained_on is None:
+            said.append("its class names are not known and are taken to be these")
         if new:
             new = [n for n in own if n.startswith(_BY_CLASS)]
             said.append(f"its classes are others, so what has a class each starts new for {len(classes)}")
@@ -84,7 +98,9 @@ def _loaded(model: Detector, path: Path, classes: Sequence[str], image_px: int |
         prefix = _BODY if whole else ""
         zeroed, of = _without_unreached(tensors, prefix, model.backbone.body, px)
         if zeroed:
-            said.append(f"{zeroed:,} of {of:,} offsets of its tables were never trained at {px} px, and are 0")
+            said.append(
+                f"{zeroed:,} of {of:,} offsets of its tables are farther than maps of {px} px are wide: untrained, now 0"
+            )
     part.load_state_dict(tensors, strict=False)
     with open_file(found.file) as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -92,16 +108,17 @@ def _loaded(model: Detector, path: Path, classes: Sequence[str], image_px: int |
     return {"said": text, "source": str(path), "sha256": digest}
 
 
-def _of_its_run(path: Path) -> tuple[int | None, list[str] | None]:
-    """The image size and the classes that a run tells of; None and None for a file without one."""
+def _of_its_run(path: Path) -> tuple[int | None, list[str] | None, str | None]:
+    """The image size, the classes and the model that a run tells of; None for a file without one."""
     folder = path.absolute().parent if is_checkpoint(path) or path.is_file() else path
     if not present(folder / RUN_JSON):
-        return None, None
+        return None, None, None
     try:
         record = read_json(folder / RUN_JSON)
         px = field(field(record, "view", dict), "image_px", int)
         rows: list[Any] = record["categories"] if "categories" in record else record["classes"]
-        return px, [field(row, "name", str) if isinstance(row, dict) else str(row) for row in rows]
+        names = [field(row, "name", str) if isinstance(row, dict) else str(row) for row in rows]
+        return px, names, field(field(record, "recipe", dict), "model", str)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadRun(f"{folder / RUN_JSON} does not tell of a run: {error}") from error
 

@@ -145,7 +145,9 @@ class Detection:
 
     def load_weights(self, model: nn.Module, source: str | Path) -> dict[str, str]:
         assert isinstance(model, run.Detector)
-        return load_detector_weights(model, source, classes=self.classes, image_px=self.init_image_px)
+        return load_detector_weights(
+            model, source, classes=self.classes, image_px=self.init_image_px, backbone=self.recipe.model
+        )
 
     def example(self, samples: int, place: Place) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         side, device = self.recipe.image_px, place.device

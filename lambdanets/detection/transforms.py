@@ -145,7 +145,13 @@ class DetectionView:
         )
 
 
-_distort = v2.RandomPhotometricDistort()
+# v2.RandomPhotometricDistort exchanges the channels too, and classes may be told by their colour.
+_distort = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(**{what: by})], p=0.5)
+        for what, by in (("brightness", 0.125), ("contrast", 0.5), ("saturation", 0.5), ("hue", 0.05))
+    ]
+)
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:

@@ -231,6 +231,10 @@ class LambdaResNet(StrictLoading):
                 f"padding must be bool (b, H, W) = {(x.shape[0], *x.shape[2:])}, True on real pixels, and is "
                 f"{padding.dtype} {tuple(padding.shape)}"
             )
+        rows, columns = padding.any(2), padding.any(1)
+        first = [torch.arange(t.shape[1], device=t.device) < t.sum(1, keepdim=True) for t in (rows, columns)]
+        if not bool(rows.any(1).all()) or not torch.equal(padding, first[0][:, :, None] & first[1][:, None, :]):
+            raise ValueError("padding must be True on a rectangle at the top left of each image, and False elsewhere")
         if (kind := getattr(self.global_pool, "pool_type", None)) != "avg":
             raise ValueError(f"padding goes with the average pooling of a classifier, and global_pool is {kind!r}")
         maps, reals = self.forward_maps(x, padding[:, None].to(x.dtype))

@@ -277,6 +277,9 @@ def test_what_cannot_be_learnt_from_is_refused_by_name() -> None:
         "one an object": {"masks": good["masks"][:2]},
         "uint8": {"masks": good["masks"].float()},
         "floating": {"boxes": good["boxes"].long()},
+        "masks hold 255: 0 and 1": {"masks": good["masks"] * 255},
+        r"has_mask is torch.int64 \(3,\), and bool": {"has_mask": torch.ones(3, dtype=torch.int64)},
+        r"has_mask is torch.bool \(2,\), and bool": {"has_mask": torch.ones(2, dtype=torch.bool)},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -289,6 +292,23 @@ def test_what_cannot_be_learnt_from_is_refused_by_name() -> None:
         model([(image * 255).byte()], [good])
     with pytest.raises(ValueError, match="needs targets"):
         model([image])
+    with pytest.raises(ValueError, match=r"call it under torch\.autocast"):
+        copy.deepcopy(model).half()([image.half()], [good])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"detections": 0}, "detections is 0"),
+        ({"score_min": 0.0}, "score_min 0.0"),
+        ({"proposals": (1, 2, 3)}, "four counts"),
+    ],
+)
+def test_sizes_of_heads_that_cannot_be_are_refused(wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadSizes(**wrong)
+    with pytest.raises(ValueError, match=r"classes is 2\.5: a whole number"):
+        create_detector(body(), classes=2.5)
 
 
 def test_a_body_that_cannot_be_told_of_padding_sees_it_and_masks_are_left_out_on_request() -> None:
@@ -325,6 +345,9 @@ def test_classification_is_as_it_was_without_a_mask_and_with_one_as_if_the_image
     padding = torch.zeros(1, 128, 192, dtype=torch.bool)
     padding[:, :96, :160] = True
     torch.testing.assert_close(model.forward_padded(canvas, padding), model(image), rtol=0, atol=1e-10)
+    for wrong in (torch.zeros_like(padding), padding.flip(1), padding & (torch.rand(128, 192) < 0.9)):
+        with pytest.raises(ValueError, match="rectangle at the top left of each image"):
+            model.forward_padded(canvas, wrong)
     with pytest.raises(ValueError, match="padding must be bool"):
         model.forward_padded(canvas, padding[:, :96])
     clone = copy.deepcopy(model)

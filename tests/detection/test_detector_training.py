@@ -249,7 +249,7 @@ def test_a_detector_starts_from_a_classifier_whose_untrained_offsets_are_zero(tm
         assert table[far_of[name]].abs().sum() == 0
         assert torch.equal(table[~far_of[name]], held[name][~far_of[name]])
     zeroed = sum(int(far.sum()) for far in far_of.values())
-    assert f"{zeroed:,} of {529 * len(sides):,} offsets of its tables were never trained at 96 px" in said
+    assert f"{zeroed:,} of {529 * len(sides):,} offsets of its tables are farther than maps of 96 px are wide" in said
     for name, t in model.state_dict().items():
         if not name.startswith("backbone.body."):
             assert torch.equal(t, before[name]), name
@@ -302,7 +302,7 @@ def test_a_file_of_torchvisions_detector_is_taken(tmp_path):
     assert own["mean"].flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     whole = create_detector("resnet50_cccc", classes=90)
     said = load_detector_weights(whole, tmp_path / "v2.safetensors", classes=[str(i) for i in range(90)])["said"]
-    assert said.endswith("all of it")
+    assert said.endswith(": its class names are not known and are taken to be these")
 
 
 def test_the_loader_sees_the_same_with_any_number_of_workers_and_ranks(shapes):
@@ -413,6 +413,8 @@ def test_the_command_trains_a_detector_where_it_finds_coco_files_and_resumes_it(
     assert (record["recipe"]["scale_jitter"], record["recipe"]["masks"]) == ([0.5, 1.5], False)
     assert main(["train", "--resume", "--out", str(tmp_path / "r")]) == 0
     assert "nothing to go on with" in capsys.readouterr().out
+    assert main(["train", "--resume", "--out", str(tmp_path / "r"), "--epochs", "9"]) == 2
+    assert "has epochs 1, not 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -424,6 +426,7 @@ def test_the_command_trains_a_detector_where_it_finds_coco_files_and_resumes_it(
         (["--annotations", "x.json"], "give one of them"),
         (["--scale-jitter", "2", "0.5"], "scale_jitter must be two factors, ascending"),
         (["--model", "resnet101"], "no model is called 'resnet101'"),
+        (["--init-image-px", "96"], "give both"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_sentence(asked, answer, shapes, tmp_path, capsys):
@@ -437,6 +440,28 @@ def test_a_recipe_of_detectors_on_a_folder_of_classes_says_what_it_looked_for(co
     assert "instances_" in capsys.readouterr().err
     assert main(["train", "--data", str(colours), "--turns", "--out", str(tmp_path / "run")]) == 2
     assert "--turns is of detectors" in capsys.readouterr().err
+
+
+def test_colours_are_changed_in_training_and_never_exchanged(shapes):
+    from PIL import Image
+
+    images = open_coco(shapes).train
+    red, found = Image.new("RGB", (96, 96), (200, 30, 30)), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        sample = DetectionView(64).train(
+            red, images.objects(0), scale_jitter=(1, 1), flip_frac=0, turns=False, photometric=True
+        )
+        colour = sample.image.float().mean((1, 2))
+        assert colour.argmax() == 0
+        found.add(tuple(colour.round().tolist()))
+    assert len(found) > 20
+
+
+def test_weights_of_a_run_with_another_backbone_are_refused_by_its_name(made):
+    model = detector_of(replace(tiny(), model="resnet50_cccc"), classes=5, masks=True)
+    with pytest.raises(BadRun, match="is a run of lambda_resnet_small, and here the backbone is resnet50_cccc: give"):
+        load_detector_weights(model, made, classes=list("abcde"), backbone="resnet50_cccc")
 
 
 def test_norms_stay_as_they_were_learnt_where_a_detector_starts_from_weights(made, shapes, tmp_path):
