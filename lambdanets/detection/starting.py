@@ -98,9 +98,8 @@ def _loaded(
         prefix = _BODY if whole else ""
         zeroed, of = _without_unreached(tensors, prefix, model.backbone.body, px)
         if zeroed:
-            said.append(
-                f"{zeroed:,} of {of:,} offsets of its tables are farther than maps of {px} px are wide: untrained, now 0"
-            )
+            far = f"{zeroed:,} of {of:,} offsets of its tables are farther than maps of {px} px are wide"
+            said.append(f"{far}: untrained, now 0")
     part.load_state_dict(tensors, strict=False)
     with open_file(found.file) as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
