@@ -63,7 +63,9 @@ def parser() -> ArgumentParser:
     parser.add_argument("--label-smoothing", type=float, help="share of the target spread over all classes")
     boxes = parser.add_argument_group("of detectors")
     boxes.add_argument("--annotations", type=str, metavar="FILE", help="one COCO file, in any place, instead of --data")
-    boxes.add_argument("--images-dir", type=str, metavar="DIR", help="the folder that its file names are relative to (else: its own)")
+    boxes.add_argument(
+        "--images-dir", type=str, metavar="DIR", help="the folder that its file names are relative to (else: its own)"
+    )
     boxes.add_argument("--class-names", type=str, metavar="FILE", help="the classes wanted, a line each, in that order")
     boxes.add_argument("--boxes-only", action="store_true", help="no masks")
     boxes.add_argument("--skip-missing", action="store_true", help="pictures that are missing are no error")

@@ -11,7 +11,6 @@ from lambdanets.errors import printable
 from lambdanets.runs.page import draw_steps, saved, svg
 
 
-
 def curves_png(history: Sequence[dict[str, Any]], title: str) -> bytes:
     """Losses and average precision by epoch, as the bytes of a PNG.
 
