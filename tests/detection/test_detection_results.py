@@ -174,6 +174,7 @@ def test_a_folder_is_its_pictures_in_natural_order_and_what_cannot_be_read_is_to
     assert f"{tmp_path / 'empty'}: is a folder without pictures" in err
 
 
+@pytest.mark.slow
 def test_another_size_is_said_not_to_be_the_runs_and_changes_what_is_seen(made, capsys):
     picture = made / "shapes" / "images" / "000001.png"
     asked = ("predict", made / "run", picture, "--json", "--score", "0")
@@ -414,6 +415,7 @@ def test_held_out_pictures_that_changed_are_not_taken_for_the_runs_and_moved_one
     assert {name: own[name] for name in found} == found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_of_one_file_that_the_run_divided_only_what_it_held_out_is_judged(made, tmp_path):
     shutil.copytree(made / "shapes" / "images", tmp_path / "one" / "images")
@@ -595,6 +597,7 @@ def leaves(held, path=()):
         yield from leaves(value, (*path, key))
 
 
+@pytest.mark.slow
 def test_a_record_with_a_value_of_another_type_is_shown_or_refused_in_one_sentence(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "curves_svg", lambda *a: "")
     text = (shared / "run" / "run.json").read_text()
