@@ -159,6 +159,9 @@ class Classification:
     def said(self, row: dict[str, float]) -> str:
         return f"top-1 {row['train_top1_frac']:.1%}"
 
+    def held_out_said(self, value: float) -> str:
+        return f"held out {value:.2%}"
+
     def scores(self, model: nn.Module, device: torch.device, ranks: Ranks, go_on: Callable[[], bool]) -> Scores:
         return evaluate(model, self.held_out, classes=len(self.classes), device=device, ranks=ranks, go_on=go_on)
 

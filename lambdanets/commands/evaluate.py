@@ -18,7 +18,9 @@ def parser() -> ArgumentParser:
         "that is best to cut at. Each image counts once, also under torchrun.",
         epilog=EXIT_CODES_TEXT,
     )
-    parser.add_argument("run", type=str, metavar="RUN", help="the folder of a run of `lambdanets train`")
+    parser.add_argument(
+        "run", type=str, metavar="RUN", help="the folder of a run of `lambdanets train`, or a checkpoint RUN/step-N"
+    )
     parser.add_argument(
         "--data",
         type=str,
@@ -27,7 +29,9 @@ def parser() -> ArgumentParser:
         "held out",
     )
     parser.add_argument("--annotations", type=str, metavar="FILE", help="detection: a COCO file, instead of --data")
-    parser.add_argument("--images-dir", type=str, metavar="DIR", help="where its file names start (else: beside it)")
+    parser.add_argument(
+        "--images-dir", type=str, metavar="DIR", help="the folder that its file names are relative to (else: its own)"
+    )
     parser.add_argument("--image-px", type=PositiveInt, help="detection: longer side that is seen (the run's)")
     parser.add_argument("--skip-missing", action="store_true", help="detection: pictures that are missing are no error")
     parser.add_argument("--batch-images", type=PositiveInt, help="images a batch: changes memory and time only")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from lambdanets.commands.arguments import task_of_run
 from lambdanets.errors import EXIT_CODES_TEXT, BadImage, DiskFault, printable
@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON an image, with the errors among them")
     parser.add_argument("--top", type=PositiveInt, metavar="K", help=f"classification: classes an image ({_TOP})")
-    parser.add_argument("--score", type=ClosedUnitInterval, metavar="S", help="detection: least score shown (0.5)")
+    parser.add_argument("--score", type=float, metavar="S", help="detection: least score shown, 0 to 1 (0.5)")
     parser.add_argument("--image-px", type=PositiveInt, help="detection: longer side that is seen (the run's)")
     parser.add_argument("--draw", type=str, metavar="OUT", help="detection: a folder for the images, drawn on")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, or auto")
@@ -72,7 +72,10 @@ def _objects(given: Namespace) -> int:
     pictures = None if given.draw is None else NewPictures(given.draw)
     every = predict(run, given.images, device=device, score=score, image_px=given.image_px)
     least = run.recipe.score_min
-    to_stderr(f"objects with a score of at least {max(score, least):g} (--score; evaluation counts from {least:g})")
+    to_stderr(
+        f"objects with a score of at least {max(score, least):g} (--score; `lambdanets evaluate` names the best score, "
+        f"and counts from {least:g})"
+    )
     if given.image_px not in (None, run.view.image_px):
         to_stderr(f"--image-px {given.image_px} is not what the run was trained and judged at: {run.view.image_px}")
     failed = False

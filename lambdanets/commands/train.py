@@ -42,7 +42,7 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--recipe", type=RecipeName, help="without it: by --data folder, detect or digits; three are the paper's"
     )
-    parser.add_argument("--small", action="store_true", help="the recipe on a small model and few epochs, for a CPU")
+    parser.add_argument("--small", action="store_true", help="a small model and few steps, for a CPU")
     parser.add_argument("--model", type=str, help="a name of `lambdanets models`")
     parser.add_argument("--image-px", type=PositiveInt, help="side of the images that the model sees, pixels")
     parser.add_argument("--epochs", type=PositiveInt, help="passes over the images; the warm-up keeps its share")
@@ -63,16 +63,22 @@ def parser() -> ArgumentParser:
     parser.add_argument("--label-smoothing", type=float, help="share of the target spread over all classes")
     boxes = parser.add_argument_group("of detectors")
     boxes.add_argument("--annotations", type=str, metavar="FILE", help="one COCO file, in any place, instead of --data")
-    boxes.add_argument("--images-dir", type=str, metavar="DIR", help="where its file names start (else: beside it)")
+    boxes.add_argument(
+        "--images-dir", type=str, metavar="DIR", help="the folder that its file names are relative to (else: its own)"
+    )
     boxes.add_argument("--class-names", type=str, metavar="FILE", help="the classes wanted, a line each, in that order")
     boxes.add_argument("--boxes-only", action="store_true", help="no masks")
     boxes.add_argument("--skip-missing", action="store_true", help="pictures that are missing are no error")
-    boxes.add_argument("--padding", type=Padding, help="masked: it changes nothing; visible: as everybody else does it")
+    boxes.add_argument(
+        "--padding",
+        type=Padding,
+        help="masked: padding never changes an output; visible: as torchvision does it",
+    )
     boxes.add_argument(
         "--scale-jitter", type=float, nargs=2, metavar=("LO", "HI"), help="a picture is shown at a size between these"
     )
     boxes.add_argument("--turns", action="store_true", help="all flips and quarter turns: pictures without an up")
-    boxes.add_argument("--detections", type=PositiveInt, metavar="N", help="most an image")
+    boxes.add_argument("--detections", type=PositiveInt, metavar="N", help="most objects kept an image")
     boxes.add_argument(
         "--init-image-px", type=PositiveInt, metavar="PX", help="at which the weights of --init-from FILE were trained"
     )

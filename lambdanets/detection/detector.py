@@ -24,6 +24,7 @@ from torchvision.ops.poolers import LevelMapper
 from lambdanets.detection.pyramid import Maps, Pyramid
 from lambdanets.detection.regions import Heads, proposer
 from lambdanets.models.create import PUBLIC, create_lambda_resnet
+from lambdanets.models.sizes import SIZES
 from lambdanets.models.timm_layers import accelerate
 
 Padding = Literal["masked", "visible"]
@@ -384,7 +385,16 @@ def create_detector(
         body = timm.create_model(backbone, features_only=True, in_chans=in_channels, drop_path_rate=drop_path_rate)
         accelerate(body)
     else:
-        body = create_lambda_resnet(backbone, num_classes=0, in_chans=in_channels, drop_path_rate=drop_path_rate)
+        try:
+            body = create_lambda_resnet(backbone, num_classes=0, in_chans=in_channels, drop_path_rate=drop_path_rate)
+        except ValueError as error:
+            if backbone in SIZES:
+                raise
+            name = backbone if timm.is_model(backbone) else "resnet18"
+            raise ValueError(
+                f"{error}; a backbone of timm is given as a module: "
+                f"create_detector(timm.create_model({name!r}, features_only=True), classes={classes})"
+            ) from None
     if padding is None:
         padding = "masked" if hasattr(body, "forward_maps") else "visible"
     given_mean = (IMAGENET_MEAN if in_channels == 3 else (0.5,) * in_channels) if mean is None else mean

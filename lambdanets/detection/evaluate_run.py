@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lambdanets.detection.predict import view_at
 from lambdanets.detection.run import DETECTIONS, DetectionRun, open_run
 from lambdanets.detection.scores import Scores, evaluate, write_detections
 from lambdanets.detection.source import CocoSource, Judged, images_of, own_images
-from lambdanets.detection.tables import class_table, errors_said, precision_table
+from lambdanets.detection.tables import class_table, errors_said, losses_said, precision_table
 from lambdanets.errors import BadRun, need, printable, printable_text, some
 from lambdanets.files import to_stderr, write_atomically, write_json
 from lambdanets.runs.folder import EVALUATION_JSON, NotWritten, choose_folder, evaluation_folder
@@ -35,6 +36,7 @@ class Evaluation:
     errors    kinds of errors and F1, of masks where there are some, else of boxes; on rank 0 alone
     passed    detections of classes that the data does not have: they are in no number
     folder    where evaluation.json, detections.json and precision.png are; None while they are not written
+    run       as it was named
     """
 
     scores: Scores
@@ -43,6 +45,7 @@ class Evaluation:
     errors: Errors | None
     passed: int
     folder: Path | None = None
+    run: str = "RUN"
 
     @property
     def kinds(self) -> list[Precision]:
@@ -50,13 +53,16 @@ class Evaluation:
         return [kind for kind in (self.scores.box, self.scores.mask) if kind is not None]
 
     def __str__(self) -> str:
-        losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in self.scores.losses.items())
+        losses = losses_said(self.scores.losses, 4)
         lines = [printable(self.how), f"{self.scores}", f"loss {self.scores.loss:.4f} ({losses})", ""]
         lines += [*precision_table(self.kinds), "", *class_table(self.kinds)]
         if self.errors is not None:
             lines += ["", *errors_said(self.errors, self.kinds[-1])]
         if self.folder is not None:
             lines += ["", f"{printable(self.folder)}: {EVALUATION_JSON}, {DETECTIONS}, {PRECISION}"]
+        if self.errors is not None and self.errors.best_f1:
+            run = printable(shlex.quote(self.run))
+            lines += [f"next: lambdanets predict {run} PICTURES --draw found --score {self.errors.best_score:.2f}"]
         return "\n".join(lines)
 
     @property
@@ -118,7 +124,7 @@ def evaluate_run(
         if not math.isfinite(scores.loss):
             raise BadRun(f"the loss of {run} is {scores.loss} on {judged.how}")
         written: list[Any] = []
-        found = Evaluation(scores, judged, view.image_px, None, 0)
+        found = Evaluation(scores, judged, view.image_px, None, 0, run=str(run))
         with ranks.together():
             if ranks.first:
                 found = _with_errors(found)

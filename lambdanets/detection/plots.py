@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lambdanets.detection.precision import RECALLS, Errors, Precision
+from lambdanets.detection.tables import OF_KIND, OF_LOSS
 from lambdanets.errors import printable
 from lambdanets.runs.page import draw_steps, saved, svg
-
-_SHORT = {
-    "loss_classifier": "class",
-    "loss_box_reg": "box",
-    "loss_mask": "mask",
-    "loss_objectness": "object or not",
-    "loss_rpn_box_reg": "anchor to box",
-}
-_KINDS = {"bbox": "boxes", "segm": "masks"}
 
 
 def curves_png(history: Sequence[dict[str, Any]], title: str) -> bytes:
@@ -62,17 +54,18 @@ def precision_png(kinds: Sequence[Precision], errors: Errors, title: str) -> byt
     figure.suptitle(printable(title), parse_math=False)
     left, right = figure.subplots(1, 2)
     for kind in kinds:
-        left.plot(RECALLS, kind.curve, label=f"{_KINDS[kind.kind]}, AP50 {kind.ap50:.3f}")
+        left.plot(RECALLS, kind.curve, label=f"{OF_KIND[kind.kind]}, AP50 {kind.ap50:.3f}")
     left.set(xlabel="recall", ylabel="precision, mean of the classes, at IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
     scores = [i / 100 for i in range(101)]
     right.plot(scores, errors.f1)
-    best = errors.f1[round(errors.best_score * 100)]
-    right.plot([errors.best_score], [best], "o", label=f"--score {errors.best_score:.2f}: F1 {best:.2f}")
+    if best := errors.best_f1:
+        right.plot([errors.best_score], [best], "o", label=f"--score {errors.best_score:.2f}: F1 {best:.2f}")
     right.set(xlabel="least score (--score)", ylabel="F1 at IoU 0.5, of all classes together", xlim=(0, 1))
     right.set_ylim(0, 1.02)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     return saved(figure, "png")
 
 
@@ -84,7 +77,7 @@ def _draw_history(panels: Sequence[Any], history: Sequence[dict[str, Any]]) -> N
     _line(loss, history, "train_loss", "train (augmented)")
     _line(loss, history, "val_loss", "held out")
     loss.set(ylabel="sum of the losses")
-    for number, (name, short) in enumerate(_SHORT.items()):
+    for number, (name, short) in enumerate(OF_LOSS.items()):
         _line(parts, history, f"train_{name}", short, color=f"C{number}")
         _line(parts, history, f"val_{name}", None, color=f"C{number}", linestyle="--")
     parts.set(ylabel="each loss; dashed: held out", yscale="log")

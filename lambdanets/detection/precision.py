@@ -27,7 +27,7 @@ ERROR_KINDS = {
     "both": "beside an object of another class",
     "duplicate": "of an object that is found already",
     "background": "where there is no object",
-    "missed": "objects that nothing of the above explains",
+    "missed": "objects without any detection near",
 }
 """What `errors` counts."""
 
@@ -372,6 +372,11 @@ class Errors:
     f1: tuple[float, ...]
     by_image: Mapping[int, float]
 
+    @property
+    def best_f1(self) -> float:
+        """The highest; 0 where no score finds any object."""
+        return self.f1[round(self.best_score * 100)]
+
     def worst(self, n: int) -> list[int]:
         """The image ids of lowest F1, worst first."""
         return sorted(self.by_image, key=lambda image_id: (self.by_image[image_id], image_id))[:n]
@@ -379,11 +384,8 @@ class Errors:
     def json(self) -> dict[str, Any]:
         """As JSON, without the images."""
         return {
-            "score": self.score,
-            "best_score": self.best_score,
+            **{name: getattr(self, name) for name in ("score", "best_score", "correct", "objects")},
             "counts": dict(self.counts),
-            "correct": self.correct,
-            "objects": self.objects,
             "f1": list(self.f1),
         }
 

@@ -144,7 +144,7 @@ def predict(
     else is asked for. The model moves to the device. Raises BadRecipe for a score or size that cannot be.
     """
     if not 0 <= score <= 1:
-        raise BadRecipe(f"score is {score}: it lies between 0 and 1")
+        raise BadRecipe(f"--score must be from 0 to 1, not {score:g}")
     return _predict(run, paths, device, score, view_at(run, image_px))
 
 

@@ -146,7 +146,8 @@ def page(
         parts += _precision(kinds)
     if errors is not None:
         parts += _errors(errors, kinds)
-        with_score = f"Objects with a score of at least {errors.score:.2f}, which gives the best F1 of all together."
+        with_score = f"Objects with a score of at least {errors.score:.2f}"
+        with_score += ", which gives the best F1 of all together." if errors.best_f1 else "; no score finds any object."
         parts += ["<h2>Held-out pictures: the truth, and what was found</h2>", f"<p>{with_score}</p>", _pairs(chosen)]
         said = f"<p>The {len(worst)} of lowest F1.</p>" if worst else "<p>None: every object is found, no other.</p>"
         parts += ["<h2>The worst</h2>", said, _pairs(worst)]
@@ -178,14 +179,10 @@ def _precision(kinds: Sequence[Precision]) -> list[str]:
 
 
 def _errors(of: Errors, kinds: Sequence[Precision]) -> list[str]:
-    said = (
-        f"{best_score_said(of)}: it finds {of.correct:,} of {of.objects:,} objects ({OF_KIND[kinds[-1].kind]} at IoU "
-        "0.5). The errors with it:"
-    )
     rows = [[kind, what, count] for count, kind, what in error_rows(of)]
     return [
         "<h2>Errors</h2>",
-        f"<p>{html(said)}</p>",
+        f"<p>{html(best_score_said(of, kinds[-1]))}</p>",
         pages.grid(["kind", "", "how many"], rows, texts=2),
         f'<img class="wide" alt="precision by recall, F1 by score" {src(precision_png(kinds, of, ""))}>',
     ]

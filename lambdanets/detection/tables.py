@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lambdanets.detection.precision import ERROR_KINDS, Errors, Precision, shown
 from lambdanets.errors import printable, some
@@ -10,6 +10,14 @@ from lambdanets.runs.page import cut
 
 _TABLE_CLASSES = 40  # rows that a terminal shows; all are in the JSON file
 OF_KIND = {"bbox": "boxes", "segm": "masks"}
+OF_LOSS = {
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+    "loss_objectness": "object",
+    "loss_rpn_box_reg": "anchor",
+}
+"""What a reader is told of the detector's losses, wherever they are printed or drawn."""
 _NUMBERS = {
     "ap": "AP",
     "ap50": "AP50",
@@ -80,17 +88,28 @@ def error_rows(found: Errors) -> list[list[str]]:
     return [[f"{found.counts[kind]:,}", kind, what] for kind, what in ERROR_KINDS.items()]
 
 
-def best_score_said(found: Errors) -> str:
-    """A sentence."""
-    best = found.f1[round(found.best_score * 100)]
-    return f"--score {found.best_score:.2f} gives the best F1 here, {best:.3f}"
+def losses_said(losses: Mapping[str, float], digits: int) -> str:
+    """The losses by name.
+
+    >>> losses_said({"loss_classifier": 0.5, "loss_rpn_box_reg": 0.25}, 3)
+    'class 0.500, anchor 0.250'
+    """
+    return ", ".join(f"{OF_LOSS[name]} {value:.{digits}f}" for name, value in losses.items())
+
+
+def best_score_said(found: Errors, kind: Precision) -> str:
+    """What score is best to cut at, what is found with it, and at which the errors are counted that follow."""
+    of = f"({OF_KIND[kind.kind]} at IoU 0.5)"
+    if not found.best_f1:
+        return f"no score finds any object here {of}; the errors at --score {found.score:.2f} are"
+    return (
+        f"--score {found.best_score:.2f} gives the best F1 here, {found.best_f1:.3f}; with it {found.correct:,} of "
+        f"{found.objects:,} objects are found {of}, and the errors are"
+    )
 
 
 def errors_said(found: Errors, kind: Precision) -> Iterator[str]:
     """For a terminal."""
-    yield (
-        f"{best_score_said(found)}; with it {found.correct:,} of {found.objects:,} objects are found "
-        f"({OF_KIND[kind.kind]} at IoU 0.5), and the errors are"
-    )
+    yield best_score_said(found, kind)
     for count, name, what in error_rows(found):
         yield f"{count:>8}  {name:<10}  {what}"

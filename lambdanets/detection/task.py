@@ -15,10 +15,12 @@ from lambdanets.detection import run
 from lambdanets.detection.batches import Batch, evaluation_batches, training_batches
 from lambdanets.detection.check import Wishes
 from lambdanets.detection.layouts import CocoData
+from lambdanets.detection.precision import shown
 from lambdanets.detection.report import write_pictures
 from lambdanets.detection.scores import Scores, as_floats, evaluate
 from lambdanets.detection.source import CocoSource
 from lambdanets.detection.starting import load_detector_weights
+from lambdanets.detection.tables import losses_said
 from lambdanets.detection.transforms import DetectionView
 from lambdanets.errors import BadRecipe, need, printable_text
 from lambdanets.files import to_stderr
@@ -27,7 +29,6 @@ from lambdanets.runs.folder import BAD_SAMPLES
 from lambdanets.training.distributed import Ranks
 from lambdanets.training.task import Found, Place
 
-_SHORT = {"classifier": "class", "box_reg": "box", "mask": "mask", "objectness": "object", "rpn_box_reg": "anchor"}
 _FEW_FOR_NORMS = 8  # images a process, under which its own statistics ruin a detector
 
 
@@ -181,7 +182,10 @@ class Detection:
         return {f"train_{name}": value / samples for name, value in counts.items()}
 
     def said(self, row: dict[str, float]) -> str:
-        return ", ".join(f"{_SHORT[name.removeprefix('train_loss_')]} {value:.3f}" for name, value in row.items())
+        return losses_said({name.removeprefix("train_"): value for name, value in row.items()}, 3)
+
+    def held_out_said(self, value: float) -> str:
+        return f"held-out {'mask' if self.best == 'val_mask_ap' else 'box'} AP {shown(value)}"
 
     def scores(self, model: nn.Module, device: torch.device, ranks: Ranks, go_on: Callable[[], bool]) -> Scores:
         assert isinstance(model, run.Detector)

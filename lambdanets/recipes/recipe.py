@@ -242,9 +242,9 @@ class Options:
     save_steps        steps between checkpoints; 0: none by the count
     keep_checkpoints  newest ones that are kept
     milestone_epochs  every so many epochs a checkpoint that is kept for ever; 0: none
-    keep_best         a checkpoint of each epoch that got more of the held-out images right than all before; the newest
-                      of them is kept. The result of a run stays its last epoch: what is picked by its accuracy on
-                      some images has no longer an honest accuracy on them
+    keep_best         a checkpoint of each epoch that was better on the held-out images than all before (top-1; AP of
+                      masks, or of boxes without masks); the newest of them is kept. The result of a run stays its last
+                      epoch: what is picked by its accuracy on some images has no longer an honest accuracy on them
     skip_non_finite   steps in a row whose loss or gradient is not finite that are left out, at most 10; 0: the first
                       ends the run
     hang_timeout_s    seconds without a step, or a batch of the evaluation, after which the process writes its stacks

@@ -5,6 +5,7 @@ A page is one HTML file with its pictures in it, that needs no network and runs 
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import io
@@ -15,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lambdanets import errors
 from lambdanets.errors import BadRun, printable, printable_text
 from lambdanets.files import field, json_object, open_file, write_atomically
 from lambdanets.runs.folder import BAD_SAMPLES, REPORT
@@ -86,9 +88,27 @@ def head(record: dict[str, Any], title: str, notes: Iterable[str]) -> Iterator[s
     seed, device = record.get("seed"), record.get("device")
     yield f"<p>{html(f'{state}; seed {seed}, on {device}')}</p>"
     if record["status"] in ("stopped", "interrupted") and record.get("error"):
-        yield f'<p class="warn">{html(record["error"])}</p>'
+        yield f'<p class="warn">{html(_sentence(record["error"]))}</p>'
     for note in notes:
         yield f'<p class="warn">{html(note)}</p>'
+
+
+def _sentence(error: str) -> str:
+    """What run.json has of an error, which is how Python writes it; that of another kind than ours keeps its name.
+
+    >>> _sentence("Terminated('stopped after step 3')"), _sentence("BadImage('1.jpg', 'is empty')")
+    ('stopped after step 3', '1.jpg: is empty')
+    >>> _sentence("KeyError('x')"), _sentence("KeyboardInterrupt()"), _sentence("stopped")
+    ('KeyError: x', 'KeyboardInterrupt()', 'stopped')
+    """
+    kind, _, told = error.removesuffix(")").partition("(")
+    if not told or not kind.isidentifier() or not error.endswith(")"):
+        return error
+    try:
+        said = ": ".join(map(str, ast.literal_eval(f"({told},)")))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # run.json may be anybody's
+        return error
+    return said if kind == "KeyboardInterrupt" or hasattr(errors, kind) else f"{kind}: {said}"
 
 
 def foot(record: dict[str, Any]) -> Iterator[str]:

@@ -202,10 +202,7 @@ class _Run:
             if state is None:
                 begins = "has no checkpoint to go on from and starts at its first step" if asked else "starts"
             on = self.learner.device if self.ranks.ranks == 1 else f"{self.ranks.ranks} processes"
-            print(
-                f"{self.task.title}, {self.epochs} epochs on {on}: {printable(self.folder)} {begins}",
-                flush=True,
-            )
+            print(f"{self.task.title}, {self.epochs} epochs on {on}: {printable(self.folder)} {begins}", flush=True)
             self.record["starts"].append({"step": at.step, "ranks": self.ranks.ranks, "versions": versions()})
 
     def to_the_end(self) -> Outcome:
@@ -288,7 +285,9 @@ class _Run:
                 self._write_weights()
                 assert self.progress is not None
                 assert self.log is not None
-                self.progress.epoch(row, self.task.said(trained), found.get(self.task.best))
+                best = found.get(self.task.best)
+                held_out = None if best is None else self.task.held_out_said(best)
+                self.progress.epoch(row, self.task.said(trained), held_out)
                 self.log.write(at.step - 1, **found, epoch=at.epoch)
         if any(self._marks()):
             self._save()

@@ -24,12 +24,12 @@ class Progress:
         self.bar.set_description_str(text, refresh=False)
         self.bar.update(samples)
 
-    def epoch(self, row: dict[str, Any], said: str, held_out: float | None) -> None:
+    def epoch(self, row: dict[str, Any], said: str, held_out: str | None) -> None:
         """row       of the history
         said      of the task, on the epoch's training
-        held_out  the number that epochs are compared by; None where it was not asked for after this one
+        held_out  of the task, on the held-out samples; None where they were not asked after this one
         """
-        self.held_out = "" if held_out is None else f", held out {held_out:.2%}"
+        self.held_out = "" if held_out is None else f", {held_out}"
         if self.bar.disable:
             speed = f"{row['images_per_s']:.0f} images/s"
             trained = f"loss {row['train_loss']:.3f}, {said}"

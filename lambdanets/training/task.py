@@ -148,6 +148,9 @@ class Task(Protocol):
     def said(self, row: dict[str, float]) -> str:
         """`train_row` for a person: "top-1 41.7%"."""
 
+    def held_out_said(self, value: float) -> str:
+        """The number `best`, of the held-out samples, for a person: "held-out box AP 0.266"."""
+
     def scores(self, model: nn.Module, device: torch.device, ranks: Ranks, go_on: Callable[[], bool]) -> Scores:
         """Evaluate on `held_out`; `go_on` is asked after every batch. Raises EvaluationStopped where it says no."""
 

@@ -322,6 +322,13 @@ def test_a_body_that_cannot_be_told_of_padding_sees_it_and_masks_are_left_out_on
     )
     assert "loss_mask" not in losses
     assert len(losses) == 4
+    hint = (
+        r"no model is called .resnet18.*create_detector\(timm.create_model\(.resnet18., features_only=True\), classes=2"
+    )
+    with pytest.raises(ValueError, match=hint):
+        create_detector("resnet18", classes=2)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\) and is 2$"):
+        create_detector("lambda_resnet50", classes=2, drop_path_rate=2)
     with pytest.raises(ValueError, match="four are needed"):
         create_detector(timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4)), classes=2)
     public = create_detector("lambda_resnet26t", classes=2, heads=SMALL)
