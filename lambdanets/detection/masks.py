@@ -137,8 +137,9 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[Bits]
     size   height and width of the picture
 
     The bits are those of torchvision's `paste_masks_in_image(...) > 0.5`, but for a box wholly outside the picture,
-    which it cannot paste and here gives no pixel; of a box of over 4 million pixels, most of them outside, what is seen
-    is computed alone, and a value within rounding of 0.5 may fall on the other side. Raises ValueError for other shapes and for a box that is not finite.
+    which it cannot paste and here gives no pixel. Of a box of over 4 million pixels, most of them outside, what is seen
+    is computed alone: a value within rounding of 0.5 may fall on the other side there.
+    Raises ValueError for other shapes and for a box that is not finite.
     """
     for bits, top, left in _inside(masks, boxes, size):
         whole = np.zeros(size, bool)
