@@ -66,9 +66,9 @@ def outline(of: Annotations, sizes: _Array) -> Outlines:
     if can_draw():
         # One that crosses itself may have as much to the left of its line as to the right.
         flat = np.flatnonzero((faults == SOUND) & (areas < _LEAST_AREA) & (sizes[owner] > 0).all(axis=1))
-        for at in flat.tolist():
-            if drawn_area(of, np.array([at]), *sizes[owner[at]].tolist()) == 0:
-                faults[at] = NO_AREA
+        for polygon in flat.tolist():
+            if drawn_area(of, np.array([polygon]), *sizes[owner[polygon]].tolist()) == 0:
+                faults[polygon] = NO_AREA
     sound = faults == SOUND
     reach = np.maximum(sizes.max(axis=1, initial=0), 1)[owner].astype(float)
     with np.errstate(invalid="ignore"):
