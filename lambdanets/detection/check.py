@@ -170,9 +170,9 @@ class _Check:
         boxes = self.boxes(size, outlines, judged=bool(usable.any()))
         masked = self.masks(size, outlines)
         # What of a mask lies outside is not seen, nor is that of a box.
-        outlines = outlines._replace(bounds=np.clip(outlines.bounds, 0, size[:, [1, 0, 1, 0]].astype(float)))
-        self.compare(boxes, masked, outlines)
-        areas = self.areas(boxes, masked, size, outlines)
+        visible = outlines._replace(bounds=np.clip(outlines.bounds, 0, size[:, [1, 0, 1, 0]].astype(float)))
+        self.compare(boxes, masked, visible)
+        areas = self.areas(boxes, masked, size, visible, (visible.bounds != outlines.bounds).any(axis=1))
         lost = self.lost(begun & (labels != 0)) & usable
         self.take(labels == 0)
         rows = self.seen(self.alive)
@@ -180,7 +180,10 @@ class _Check:
             of, root, np.flatnonzero(usable & ~lost), sizes, rows, self.picture, labels, boxes, areas, ids, masked,
             outlines.faults, categories,
         )  # fmt: skip
-        what, action = "pictures that lost all their objects to rows above", "left out: they are not without objects"
+        what, action = (
+            "pictures that lost all their objects to rows above",
+            "left out, of a copy too: they are not empty",
+        )
         names = (of.names[at] for at in np.flatnonzero(lost))
         self.findings.add("R75", self.part, what, action, "dropped", int(lost.sum()), names)
         if usable.any() or not any(row.part == self.part for row in self.findings.errors):
@@ -318,20 +321,24 @@ class _Check:
         what = "whose box and mask disagree (IoU of the boxes below 0.5)"
         self.add("D8", what, "training takes the box around the mask", "warning", self.seen(apart))
 
-    def areas(self, boxes: _Array, masked: _Array, size: _Array, outlines: Outlines) -> _Array:
+    def areas(self, boxes: _Array, masked: _Array, size: _Array, outlines: Outlines, cut: _Array) -> _Array:
+        """Of each object px; `cut` says whose mask goes over the edge of the picture."""
         given, of_box = self.of.areas, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         area = np.where(masked, outlines.areas, of_box)
         missing = ~np.isfinite(given) | (given <= 0)
         with np.errstate(invalid="ignore"):
             wrong = missing | _apart(given, area, masked)
-        doubtful = self.seen(wrong & masked & (self.of.kinds == POLYGONS))
+        visible = (outlines.bounds[:, 2:] - outlines.bounds[:, :2]).prod(axis=1)
+        with np.errstate(invalid="ignore"):
+            # Where nothing is given, all of a file's objects may be meant: one polygon that fills its box is plain.
+            plain = (np.diff(self.of.polygon_starts) == 1) & ~cut & (area > 0.3 * visible) & (area <= visible)
+        doubtful = self.seen(wrong & masked & (self.of.kinds == POLYGONS) & ~(missing & plain))
         if doubtful.size and can_draw():
             for row in doubtful.tolist():
                 polygons = np.arange(self.of.polygon_starts[row], self.of.polygon_starts[row + 1])
                 area[row] = drawn_area(self.of, polygons[outlines.faults[polygons] == SOUND], *size[row].tolist())
             wrong[doubtful] = missing[doubtful] | _apart(given[doubtful], area[doubtful], masked[doubtful])
         elif doubtful.size:
-            visible = (outlines.bounds[:, 2:] - outlines.bounds[:, :2]).prod(axis=1)
             area[doubtful] = np.minimum(area[doubtful], visible[doubtful])
             wrong[doubtful] = missing[doubtful]
             action = "left as it is given; pip install 'lambdanets[detection]' and they are drawn and judged"
