@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from lambdanets.errors import EXIT_CODES_TEXT, BadData, BadImage, DiskFault, printable_text
+from lambdanets.files import to_stderr
 
 if TYPE_CHECKING:
     from lambdanets.detection.layouts import CocoData
@@ -23,7 +24,11 @@ def parser() -> ArgumentParser:
     parser.add_argument("data", type=str, nargs="?", metavar="DATA", help="as for `lambdanets train --data`")
     parser.add_argument("--annotations", type=str, metavar="FILE", help="one COCO file, in any place, instead of DATA")
     parser.add_argument("--images-dir", type=str, metavar="DIR", help="where its file names start (else: beside it)")
-    parser.add_argument("--all-images", action="store_true", help="compare the size of every picture, not of 1,000")
+    parser.add_argument(
+        "--all-images",
+        action="store_true",
+        help="decode every one: takes long (else: 1,000 headers)",
+    )
     parser.add_argument("--skip-missing", action="store_true", help="pictures that are missing are no error")
     parser.add_argument("--image-px", type=PositiveInt, metavar="N", help="of the run: which objects are too small?")
     parser.add_argument("--detections", type=PositiveInt, metavar="N", help="most per picture of the run")
@@ -37,22 +42,28 @@ def parser() -> ArgumentParser:
 
 def run(given: Namespace) -> int:
     from lambdanets.detection.check import Wishes
+    from lambdanets.detection.findings import counted
     from lambdanets.detection.layouts import look_at_coco, read_class_names, write_fixed
 
     if (given.data is None) == (given.annotations is None):
-        raise BadData("lambdanets check takes DATA or --annotations FILE, one of the two")
+        raise BadData("give DATA or --annotations FILE, one of the two")
+    if given.all_images:
+        to_stderr("--all-images: every picture is decoded, which takes long")
     found = look_at_coco(
         given.data,
         annotations=given.annotations,
         images=given.images_dir,
         seed=given.seed,
         class_names=None if given.class_names is None else read_class_names(given.class_names),
-        wishes=Wishes(given.skip_missing, given.all_images, given.image_px, given.detections),
+        wishes=Wishes(given.skip_missing, given.all_images, given.image_px, given.detections, decode=given.all_images),
     )
     wrong = len(found.findings.errors)
     if len(found.findings):
         print(printable_text(found.findings.table()))
-    print(printable_text(f"{wrong} errors, {len(found.findings) - wrong} other findings. {found.how}"))
+    others = counted(len(found.findings) - wrong, "other finding")
+    print(printable_text(f"{counted(wrong, 'error')}, {others}. {found.how}"))
+    if not given.all_images:
+        print("no picture was decoded: --all-images decodes every one")
     if given.draw is not None:
         print(printable_text(_draw(found, given.draw, given.draw_images)))
     if given.fix is not None:
@@ -80,5 +91,5 @@ def _draw(found: CocoData, out: str, most: int) -> str:
             continue
         pictures.save(draw_truth(images, index, picture), name)
         drawn += 1
-    said = f"{drawn:,} pictures are drawn to {out}"
+    said = f"{drawn:,} {'picture is' if drawn == 1 else 'pictures are'} drawn to {out}"
     return "\n".join([said, *(f"not drawn: {why}" for why in unread)])

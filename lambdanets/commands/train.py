@@ -162,10 +162,12 @@ def _told(given: Namespace, names: Sequence[str]) -> list[str]:
 
 def _is_coco(given: Namespace) -> bool:
     """Whether --data has COCO files. Raises BadRecipe where a recipe of classification was asked for with them."""
-    from lambdanets.detection.layouts import is_coco
-    from lambdanets.errors import BadRecipe
+    from lambdanets.detection.layouts import is_coco, other_format
+    from lambdanets.errors import BadData, BadRecipe
 
     if not is_coco(given.data):
+        if given.recipe is None and (said := other_format(given.data)) is not None:
+            raise BadData(f"--data {given.data}: {said}")
         return False
     if given.recipe is not None:
         raise BadRecipe(

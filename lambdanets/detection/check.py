@@ -19,10 +19,13 @@ from lambdanets.detection.outlines import (
     NOT_FINITE,
     WRONG_SUM,
     Outlines,
+    can_draw,
+    drawn_area,
     holes,
     outline,
 )
 from lambdanets.detection.pictures import look_at_pictures
+from lambdanets.errors import printable, some
 
 SMALL_PX = 8
 """An object of less, as the model sees it, is lost in the first stages."""
@@ -37,8 +40,8 @@ _FAULTS = {
     FAR_OUTSIDE: "lie far outside the picture",
 }
 _RUN_FAULTS = {
-    BROKEN: ("D9", "run lengths that cannot be read"),
-    WRONG_SUM: ("D9", "run lengths whose sum is not height x width"),
+    BROKEN: ("D9", "masks whose run lengths cannot be read"),
+    WRONG_SUM: ("D9", "masks whose run lengths have another sum than height x width"),
     NO_AREA: ("R76", "masks of run lengths without a pixel"),
 }
 
@@ -62,6 +65,8 @@ class Wishes:
     image_px      of the run, for objects that are too small then (D16); None: not looked at
     detections    most per picture of the run (D17); None: not looked at
     on_disk       False: the pictures lie in archives, where it was looked at them when they were packed
+    decode        every picture is decoded, which takes long; one that cannot be is an error
+    of_a_run      the classes are those of a run, which is judged: what else there is it never learnt
     """
 
     skip_missing: bool = False
@@ -69,6 +74,8 @@ class Wishes:
     image_px: int | None = None
     detections: int | None = None
     on_disk: bool = True
+    decode: bool = False
+    of_a_run: bool = False
 
 
 class Kept(NamedTuple):
@@ -145,29 +152,65 @@ class _Check:
     def kept(self, root: Path, categories: tuple[Category, ...], wishes: Wishes) -> Kept:
         of = self.of
         where = root if wishes.on_disk else None
-        usable, sizes = look_at_pictures(of, where, self.part, self.findings, wishes.skip_missing, wishes.all_headers)
-        labels = self.labels(categories)
+        usable, sizes, missing = look_at_pictures(
+            of, where, self.part, self.findings, wishes.skip_missing, wishes.all_headers, wishes.decode
+        )
+        if wishes.skip_missing:
+            self.take(self.known & missing[self.picture])
+        begun = self.alive.copy()
+        labels = self.labels(categories, wishes)
         if (lost := self.take(~self.known)).size:
             self.add("R78", "of a picture that the file does not list", "correct image_id", "error", lost)
+        # What is wrong whatever the picture: said of pictures too that cannot be used for another reason.
+        self.forms()
+        ids = self.ids()
         self.take(self.known & ~usable[self.picture])
         size = np.where(self.known[:, None], sizes[self.picture], 0)
         outlines = outline(of, size)
         boxes = self.boxes(size, outlines, judged=bool(usable.any()))
         masked = self.masks(size, outlines)
-        self.compare(boxes, masked, outlines)
-        areas = self.areas(boxes, masked, outlines)
-        ids = self.ids()
+        # What of a mask lies outside is not seen, nor is that of a box.
+        visible = outlines._replace(bounds=np.clip(outlines.bounds, 0, size[:, [1, 0, 1, 0]].astype(float)))
+        self.compare(boxes, masked, visible)
+        areas = self.areas(boxes, masked, size, visible, (visible.bounds != outlines.bounds).any(axis=1))
+        lost = self.lost(begun & (labels != 0)) & usable
         self.take(labels == 0)
         rows = self.seen(self.alive)
         kept = Kept(
-            of, root, np.flatnonzero(usable), sizes, rows, self.picture, labels, boxes, areas, ids, masked,
+            of, root, np.flatnonzero(usable & ~lost), sizes, rows, self.picture, labels, boxes, areas, ids, masked,
             outlines.faults, categories,
         )  # fmt: skip
-        self.totals(kept, wishes)
+        what, action = (
+            "pictures that lost all their objects to rows above",
+            "left out, of a copy too: they are not empty",
+        )
+        names = (of.names[at] for at in np.flatnonzero(lost))
+        self.findings.add("R75", self.part, what, action, "dropped", int(lost.sum()), names)
+        if usable.any() or not any(row.part == self.part for row in self.findings.errors):
+            self.totals(kept, wishes)
         return kept
 
-    def labels(self, categories: tuple[Category, ...]) -> _Array:
-        """Label of each object, 0 where its category is left out; objects of unknown categories are gone after."""
+    def lost(self, wanted: _Array) -> _Array:
+        """Which pictures, bool, had wanted objects that are gone, and are left without a single one."""
+        n, single = len(self.of.names), self.alive & ~self.of.crowd
+        gone = np.zeros(len(wanted), bool)
+        gone[self.of.rows] = (wanted & ~self.alive & self.known)[self.of.rows]
+        had = np.bincount(self.picture[gone], minlength=n) > 0
+        found: _Array = had & (np.bincount(self.picture[single & self.known], minlength=n) == 0)
+        return found
+
+    def forms(self) -> None:
+        """Boxes that are none, by themselves."""
+        of = self.of
+        if (odd := self.take(of.boxed & ~np.isfinite(of.boxes).all(axis=1))).size:
+            self.add("R72", "with a box that is NaN or infinite", "correct or remove them", "error", odd)
+        with np.errstate(invalid="ignore"):
+            flat = of.boxed & (of.boxes[:, 2:] <= 0).any(axis=1)
+        if (flat_rows := self.take(flat)).size:
+            self.add("R71", "with a box without area", "left out", "dropped", flat_rows)
+
+    def labels(self, categories: tuple[Category, ...], wishes: Wishes) -> _Array:
+        """Label of each object, 0 where its category is left out, -1 where it is unknown: those are gone after."""
         ids = self.of.category_ids
         place, known = _places(self.of.categories, ids)
         if (lost := self.take(~known)).size:
@@ -177,11 +220,22 @@ class _Check:
             )
         label_of = {category.id: label for label, category in enumerate(categories, 1)}
         label = np.array([label_of.get(int(id), 0) for id in ids], np.int64)
-        labels = np.where(known, label[place], 0)
+        labels = np.where(known, label[place], -1)
         if (others := self.seen(labels == 0)).size:
-            names = [self.of.category_names[at] for at in np.flatnonzero(label == 0)]
-            what = "objects of classes that were not asked for"
-            self.findings.add("D1", self.part, what, "left out", "dropped", len(others), names)
+            places, times = np.unique(place[others], return_counts=True)
+            order = np.argsort(-times, kind="stable")
+            held = [self.of.category_names[at] for at in places[order].tolist()]
+            names = [f"{name} ({n:,})" for name, n in zip(held, times[order].tolist(), strict=True)]
+            what, action = f"objects of {printable(held[0])}", "left out"
+            if len(held) > 1:
+                what = f"objects of {len(held):,} classes that were not asked for"
+            if wishes.of_a_run:
+                what, action = f"objects of {printable(held[0])}, which this run never learnt", "not counted"
+                if len(held) > 1:
+                    what = f"objects of {len(held):,} classes that this run never learnt"
+            action += other_case(held, [category.name for category in categories])
+            shown = names if len(held) > 1 else ()
+            self.findings.add("D1", self.part, what, action, "dropped", len(others), shown, listed=len(held))
         return labels
 
     def boxes(self, size: _Array, outlines: Outlines, *, judged: bool) -> _Array:
@@ -191,8 +245,6 @@ class _Check:
             self.add("D13", "without a box", "it is taken around the mask", "warning", made)
         if (bare := self.take(~of.boxed & ~np.isfinite(outlines.bounds[:, 0]))).size:
             self.add("R71", "without a box or a mask", "left out", "dropped", bare)
-        if (odd := self.take(of.boxed & ~np.isfinite(of.boxes).all(axis=1))).size:
-            self.add("R72", "with a box that is NaN or infinite", "correct or remove them", "error", odd)
         x, y, w, h = of.boxes.T
         with np.errstate(invalid="ignore", over="ignore"):
             boxes = np.stack([x, y, x + w, y + h], axis=1)
@@ -208,8 +260,6 @@ class _Check:
                 if over.sum() > 0.05 * given.sum() and corners[given].all():
                     what = "with a box over the edge as x, y, width, height, and none as x0, y0, x1, y1"
                     self.add("D4", what, "write width and height, not the second corner", "error", self.seen(over))
-            if (flat := self.take(of.boxed & ((w <= 0) | (h <= 0)))).size:
-                self.add("R71", "with a box without area", "left out", "dropped", flat)
         boxes = np.where(of.boxed[:, None], boxes, outlines.bounds)
         edge = np.stack([wide, high, wide, high], axis=1)
         with np.errstate(invalid="ignore"):
@@ -271,12 +321,29 @@ class _Check:
         what = "whose box and mask disagree (IoU of the boxes below 0.5)"
         self.add("D8", what, "training takes the box around the mask", "warning", self.seen(apart))
 
-    def areas(self, boxes: _Array, masked: _Array, outlines: Outlines) -> _Array:
+    def areas(self, boxes: _Array, masked: _Array, size: _Array, outlines: Outlines, cut: _Array) -> _Array:
+        """Of each object px; `cut` says whose mask goes over the edge of the picture."""
         given, of_box = self.of.areas, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         area = np.where(masked, outlines.areas, of_box)
+        missing = ~np.isfinite(given) | (given <= 0)
         with np.errstate(invalid="ignore"):
-            wrong = ~np.isfinite(given) | (given <= 0) | ((given > 2 * area) & (given - area > 4))
-            wrong |= masked & (given < area / 2) & (area - given > 4)
+            wrong = missing | _apart(given, area, masked)
+        visible = (outlines.bounds[:, 2:] - outlines.bounds[:, :2]).prod(axis=1)
+        with np.errstate(invalid="ignore"):
+            # Where nothing is given, all of a file's objects may be meant: one polygon that fills its box is plain.
+            plain = (np.diff(self.of.polygon_starts) == 1) & ~cut & (area > 0.3 * visible) & (area <= visible)
+        doubtful = self.seen(wrong & masked & (self.of.kinds == POLYGONS) & ~(missing & plain))
+        if doubtful.size and can_draw():
+            for row in doubtful.tolist():
+                polygons = np.arange(self.of.polygon_starts[row], self.of.polygon_starts[row + 1])
+                area[row] = drawn_area(self.of, polygons[outlines.faults[polygons] == SOUND], *size[row].tolist())
+            wrong[doubtful] = missing[doubtful] | _apart(given[doubtful], area[doubtful], masked[doubtful])
+        elif doubtful.size:
+            area[doubtful] = np.minimum(area[doubtful], visible[doubtful])
+            wrong[doubtful] = missing[doubtful]
+            action = "left as it is given; pip install 'lambdanets[detection]' and they are drawn and judged"
+            what = "whose area is not that of the corners of its polygons"
+            self.add("D13", what, action, "warning", doubtful[~missing[doubtful]])
         what, action = "whose area is missing, or wrong by more than 2x", "computed from the mask, else the box"
         self.add("D13", what, action, "warning", self.seen(wrong))
         return np.where(wrong, area, given)
@@ -304,11 +371,11 @@ class _Check:
         without = kept.pictures[counts[kept.pictures] == 0]
         if not single.size:
             if part == "val":
-                what, action = "pictures and no object among them", "AP is -1 by definition: hold out some objects"
-                add("D18", part, what, action, "error", max(1, len(kept.pictures)))
+                what, action = "pictures, and no object to find", "AP is -1 by definition: hold out some objects"
+                add("D18", part, what, action, "error", len(of.names))
             else:
-                what, action = "pictures and no object that can be trained on", "annotate some, or see the rows here"
-                add("R75", part, what, action, "error", max(1, len(kept.pictures)))
+                what, action = "pictures, and no object to train on", "annotate some, or see the rows here"
+                add("R75", part, what, action, "error", len(of.names))
         else:
             names = (of.names[at] for at in without)
             add(
@@ -323,7 +390,10 @@ class _Check:
         used = np.bincount(kept.labels[single], minlength=len(kept.categories) + 1)[1:] > 0
         idle = [category.name for category, has in zip(kept.categories, used, strict=True) if not has]
         if single.size:
-            add("D2", part, "categories without objects", "kept; no part of the mean AP", "warning", len(idle), idle)
+            action = "kept; no part of the mean AP"
+            if not wishes.of_a_run:
+                action += "; --class-names FILE leaves them out"
+            add("D2", part, "categories without objects", action, "warning", len(idle), idle)
         if wishes.image_px and single.size:
             self.small(kept, single, wishes.image_px)
         if wishes.detections:
@@ -349,6 +419,11 @@ class _Check:
         self.add("D16", f"of less than {SMALL_PX} px at --image-px {image_px}", action, "warning", tiny)
 
 
+def _apart(given: _Array, area: _Array, masked: _Array) -> _Array:
+    """Which areas are wrong by more than 2x; of a box alone the object may cover little."""
+    return ((given > 2 * area) & (given - area > 4)) | (masked & (given < area / 2) & (area - given > 4))
+
+
 def _places(of: _Array, ids: _Array) -> tuple[_Array, _Array]:
     """Where each number stands in `ids`, the first such place, and whether it does."""
     order = np.argsort(ids, kind="stable")
@@ -363,6 +438,24 @@ def check_names(of: Annotations, part: str, findings: Findings) -> None:
         findings.add(
             "D3", part, f"category {what} that come twice", "each category needs its own", "error", len(again), again
         )
+    spelt: dict[str, list[str]] = {}
+    for name in dict.fromkeys(of.category_names):
+        spelt.setdefault(name.casefold(), []).append(name)
+    alike = [" = ".join(names) for names in spelt.values() if len(names) > 1]
+    what, action = "category names that differ in letter case alone", "taken for different classes"
+    findings.add("D3", part, what, action, "warning", sum(map(len, spelt.values())) - len(spelt), alike,
+                 listed=len(alike))  # fmt: skip
+
+
+def other_case(asked: Iterable[str], held: Iterable[str]) -> str:
+    """A hint, where names that were asked for are held in other letter case.
+
+    >>> other_case(["disc", "box"], ["Disc"])
+    '; in other letter case: Disc'
+    """
+    wanted = {name.casefold() for name in asked}
+    found = [name for name in held if name.casefold() in wanted]
+    return f"; in other letter case: {some(found)}" if found else ""
 
 
 def _twice(held: Iterable[Any]) -> list[Any]:

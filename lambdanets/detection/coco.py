@@ -99,6 +99,12 @@ class CocoImages(Images):
         return coco_images(self._kept)
 
     @property
+    def left_out(self) -> tuple[int, int]:
+        """How many pictures and objects the whole file has besides those that can be used."""
+        kept = self._kept
+        return len(kept.of.names) - len(kept.pictures), len(kept.of.rows) - len(kept.rows)
+
+    @property
     def listed(self) -> frozenset[str]:
         """The names of all classes that the file has, asked for and used or not."""
         return frozenset(self._kept.of.category_names)

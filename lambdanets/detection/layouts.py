@@ -15,9 +15,9 @@ import numpy as np
 from lambdanets.data.order import hash_of, natural
 from lambdanets.data.shards import ShardImages
 from lambdanets.detection.annotations import Annotations, read_annotations
-from lambdanets.detection.check import Category, Kept, Wishes, check_file, check_names
+from lambdanets.detection.check import Category, Kept, Wishes, check_file, check_names, other_case
 from lambdanets.detection.coco import CocoImages, coco_images, write_clean
-from lambdanets.detection.findings import Findings
+from lambdanets.detection.findings import Findings, counted
 from lambdanets.detection.pictures import safe, same_pictures
 from lambdanets.detection.shards import CocoShards, check_pairs, is_coco_shards, open_coco_shards
 from lambdanets.errors import BadData, DiskFault, printable, some
@@ -27,7 +27,7 @@ VAL_FRAC = 0.1
 LAYOUTS = """DIR/annotations/instances_{train,val}2017.json with DIR/train2017/ and DIR/val2017/ (COCO's own)
 DIR/{train,valid}/_annotations.coco.json beside the pictures (Roboflow's)
 DIR/{train,val}.json with DIR/images/, or with names that start in DIR
-one JSON file alone, itself or in DIR or DIR/annotations, its pictures there or in images/: a tenth is held out"""
+one JSON file alone, itself or in DIR or DIR/annotations, its pictures there or in images/: about a tenth is held out"""
 
 # Errors about a file as a whole; of all others something can be left out.
 _NOT_MENDED = ("D3", "D4", "D5", "D18", "R75")
@@ -36,6 +36,19 @@ _HELD_OUT = ("valid", "val", "validation")
 _INSTANCES = re.compile(r"instances_(train|val)(\w*)\.json")
 _HEAD_BYTES = 1 << 16
 _SEEN = 500
+_CONVERTED = {  # the same as in docs/detection.md
+    "LabelMe": """    pip install labelme2coco, and in the folder above that of the pictures:
+    import labelme2coco
+    labelme2coco.convert("labelme", ".", 0.9)""",
+    "YOLO": """    pip install supervision, and:
+    import supervision as sv
+    found = sv.DetectionDataset.from_yolo("yolo/images", "yolo/labels", "yolo/data.yaml", force_masks=True)
+    found.as_coco(images_directory_path="coco/images", annotations_path="coco/train.json")""",
+    "Pascal VOC": """    pip install supervision, and:
+    import supervision as sv
+    found = sv.DetectionDataset.from_pascal_voc("voc/images", "voc/xml")
+    found.as_coco(images_directory_path="coco/images", annotations_path="coco/train.json")""",
+}
 _KEYS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 
 
@@ -141,17 +154,20 @@ def look_at_coco(
         kept.append(sources[1].check(files[1], parts[1], others, findings, wishes))
         train, val = (source.images(of) for source, of in zip(sources, kept, strict=True))
         packed = sources[0].pictures is not None
-        how = f"shards {data}" if packed else f"{sources[0].file} and {sources[1].file} as given"
+        how = f"shards {data}: {_shown(train)} to train, {_shown(val)} held out"
+        if not packed:
+            how = f"{sources[0].file} to train ({_shown(train)}), {sources[1].file} held out ({_shown(val)})"
     else:
         train, val = _split(kept[0], seed, findings)
-        how = f"{sources[0].file}, a tenth of its pictures held out by a hash of (seed {seed}, image id)"
+        how = f"{sources[0].file}, about a tenth of its pictures held out by a hash of (seed {seed}, image id): "
+        how += f"{_shown(train)} to train, {_shown(val)} held out"
     pairs = []
     if sources[0].pictures is None:
         pairs = same_pictures((train.root, list(train.names)), (val.root, list(val.names)))
     what = "pictures that are in both parts, by their content"
     names = (f"{one} = {other}" for one, other in pairs)
     findings.add("D15", "", what, "AP on them says nothing; hold out others", "warning", len(pairs), names)
-    how += f": {_counted(train)} to train and {_counted(val)} held out, of {len(categories):,} classes"
+    how += f", of {len(categories):,} class{'' if len(categories) == 1 else 'es'}"
     return CocoData(train, val, how, findings)
 
 
@@ -178,17 +194,20 @@ def every_picture(
     else:
         if not set(class_names) & set(of.category_names):
             known = f"its classes are {some(of.category_names)}, those asked for {some(class_names)}"
-            raise BadData(f"{source.file} has none of the classes: {known}")
+            hint = other_case(class_names, of.category_names)
+            raise BadData(f"{source.file} has none of the classes: {known}{hint}")
         categories = _with_ids(of, class_names)
+        wishes = replace(wishes, of_a_run=True)
     kept = source.check(of, "val", categories, findings, wishes)
-    findings.refuse(annotations or data)
+    findings.refuse(annotations or data, "judged on")
     held = source.images(kept)
     where = f"all of {source.file}" if source.pictures is None else f"the held-out part of the shards {data}"
-    return held, f"{where}: {_counted(held)}", findings
+    return held, f"{where}: {_shown(held)}", findings
 
 
-def _counted(images: CocoImages) -> str:
-    return f"{len(images):,} pictures with {images.n_objects:,} objects and {images.n_crowds:,} crowds"
+def _shown(images: CocoImages) -> str:
+    crowds = f" and {counted(images.n_crowds, 'crowd')}" if images.n_crowds else ""
+    return f"{counted(len(images), 'picture')} with {counted(images.n_objects, 'object')}{crowds}"
 
 
 def read_class_names(file: str | Path) -> list[str]:
@@ -204,7 +223,8 @@ def write_fixed(found: CocoData, out: str | Path) -> str:
     """Writes a data set without what was found wrong, in one of LAYOUTS: clean files, and links to the pictures.
 
     out  a new or empty folder
-    Gives a sentence on what was written. Raises BadData for what cannot be mended by leaving something out.
+    Gives a line on what was written, and one on how much is left out. Raises BadData for what cannot be mended by
+    leaving something out.
     """
     out = Path(out)
     if left := [row for row in found.findings.errors if row.id in _NOT_MENDED]:
@@ -212,11 +232,13 @@ def write_fixed(found: CocoData, out: str | Path) -> str:
     train, val = found.train, found.val
     if isinstance(train, CocoShards):
         raise BadData("--fix links to pictures, and these lie in shards, which hold what is clean: nothing is written")
+    if empty := [part.file for part in (train, val) if not part.n_objects]:
+        raise BadData(f"--fix would leave no object in {empty[0]}: correct what is wrong with it first")
     one = train.file == val.file
     places = [("annotations.json", "images")] if one else [
         ("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")
     ]  # fmt: skip
-    written = []
+    written, gone = [], np.zeros(2, np.int64)
     try:
         (out if one else out / "annotations").mkdir(parents=True, exist_ok=True)
         if any(name != "annotations" for name in os.listdir(out)) or (not one and os.listdir(out / "annotations")):
@@ -224,10 +246,13 @@ def write_fixed(found: CocoData, out: str | Path) -> str:
         for (name, pictures), part in zip(places, [train.whole()] if one else [train, val], strict=True):
             os.symlink(part.root.resolve(), out / pictures, target_is_directory=True)
             write_clean(part, out / name)
-            written.append(f"{out / name}: {_counted(part)}")
+            written.append(f"{out / name}: {_shown(part)}")
+            gone += part.left_out
     except OSError as error:
         raise BadData(f"{out} cannot be written: {error}") from error
-    return f"written, with links to the pictures: {'; '.join(written)}. Use it as --data {out}"
+    left_out = f"{counted(int(gone[0]), 'picture')}, {counted(int(gone[1]), 'object')}" if gone.any() else "nothing"
+    said = f"written, with links to the pictures: {'; '.join(written)}. Use it as --data {out}"
+    return f"{said}\nleft out: {left_out}"
 
 
 # ---- where things lie
@@ -350,16 +375,25 @@ def _nothing(path: Path) -> str:
     if path.is_dir():
         names = _names(path)
         lines.append(f"found: {some(names) if names else 'nothing, the folder is empty'}")
-        if kind := _other_format(path, names):
-            lines.append(f"these look like files of {kind}: docs/detection.md shows how to convert them to COCO")
+        if hint := other_format(path):
+            lines.append(hint)
     else:
         lines.append("found: a file without COCO's lists of images, annotations and categories")
     return "\n".join(lines)
 
 
-def _other_format(path: Path, names: list[str]) -> str | None:
-    """The first sign of LabelMe, Pascal VOC or YOLO in a folder and two below it; a few hundred files are looked at."""
-    seen = level = [path / name for name in names[:_SEEN]]
+def other_format(data: str | Path | None) -> str | None:
+    """Where a folder holds files of LabelMe, YOLO or Pascal VOC: that it does, and how they are converted to COCO.
+
+    >>> other_format("no/such/folder")
+    """
+    kind = None if data is None else _format_of(Path(data))
+    return None if kind is None else f"these look like files of {kind}. To convert them to COCO:\n{_CONVERTED[kind]}"
+
+
+def _format_of(path: Path) -> str | None:
+    """By the first sign in a folder and two below it; a few hundred files are looked at."""
+    seen = level = [path / name for name in _names(path)[:_SEEN]]
     for _ in range(2):
         level = [place / name for place in level[:20] if place.is_dir() for name in _names(place)[:20]]
         seen = seen + level
@@ -394,7 +428,8 @@ def _classes(of: Annotations, class_names: Sequence[str] | None) -> tuple[Catego
     if class_names is None:
         return tuple(Category(id, name) for name, id in held.items())
     if unknown := [name for name in class_names if name not in held]:
-        raise BadData(f"{of.file} has no classes {some(unknown)}: it has {some(held, 100)}")
+        hint = other_case(unknown, held)
+        raise BadData(f"{of.file} has no classes {some(unknown)}: it has {some(held, 100)}{hint}")
     if not class_names or len(set(class_names)) < len(class_names):
         raise BadData(f"the class names asked for are {some(class_names)}: expected one or more, each once")
     return tuple(Category(held[name], name) for name in class_names)
@@ -413,7 +448,8 @@ def _matched(
     if whole:
         unknown = [name for name, id in held.items() if name not in names and id in used]
         what = "categories of objects that the training file does not have"
-        findings.add("D3", "val", what, "name them alike, or take --class-names", "error", len(unknown), unknown)
+        action = f"name them alike, or take --class-names{other_case(unknown, names)}"
+        findings.add("D3", "val", what, action, "error", len(unknown), unknown)
     return _with_ids(of, [name for _, name in categories])
 
 

@@ -17,6 +17,8 @@ from lambdanets.errors import need
 if TYPE_CHECKING:
     from torch import Tensor
 
+_STRETCHED_PX = 1 << 22  # a mask stretched to no more than this is cheap, even if most of it lies outside the picture
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Bits = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -135,7 +137,9 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[Bits]
     size   height and width of the picture
 
     The bits are those of torchvision's `paste_masks_in_image(...) > 0.5`, but for a box wholly outside the picture,
-    which it cannot paste and here gives no pixel. Raises ValueError for other shapes and for a box that is not finite.
+    which it cannot paste and here gives no pixel. Of a box of over 4 million pixels, most of them outside, what is seen
+    is computed alone: a value within rounding of 0.5 may fall on the other side there.
+    Raises ValueError for other shapes and for a box that is not finite.
     """
     for bits, top, left in _inside(masks, boxes, size):
         whole = np.zeros(size, bool)
@@ -181,13 +185,33 @@ def _inside(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tup
     middle_x, middle_y = (boxes[:, 2] + boxes[:, 0]) * 0.5, (boxes[:, 3] + boxes[:, 1]) * 0.5
     grown = torch.stack((middle_x - half_w, middle_y - half_h, middle_x + half_w, middle_y + half_h), 1)
     padded = pad(masks, (1, 1, 1, 1))
-    for mask, (x0, y0, x1, y1) in zip(padded, grown.to(torch.int64).tolist(), strict=True):
+    # Python's whole numbers have no end, as those of a box of 1e30 need; both ways cut off towards 0.
+    corners = ([int(at) for at in box] for box in grown.double().nan_to_num().tolist())
+    for mask, (x0, y0, x1, y1) in zip(padded, corners, strict=True):
         top, bottom, left, right = max(y0, 0), min(y1 + 1, height), max(x0, 0), min(x1 + 1, width)
         if bottom <= top or right <= left:
             yield np.zeros((0, 0), bool), 0, 0
             continue
         to = max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1)
         seen = slice(top - y0, bottom - y0), slice(left - x0, right - x0)
+        if to[0] * to[1] > max(_STRETCHED_PX, 4 * (bottom - top) * (right - left)):
+            yield _seen(mask.numpy(), to, seen) > 0.5, top, left
+            continue
         # No name for the stretched mask: it would live on while the next one is made.
         above = interpolate(mask[None, None], size=to, mode="bilinear", align_corners=False)[0, 0][seen] > 0.5
         yield above.numpy(), top, left
+
+
+def _seen(mask: np.ndarray[Any, Any], to: tuple[int, int], seen: tuple[slice, slice]) -> np.ndarray[Any, Any]:
+    """A part of a mask (m, m) that is stretched to a size which may not fit into memory: bilinear, as torch has it."""
+    parts = []
+    for part, length, side in zip(seen, to, mask.shape, strict=True):
+        exact = mask.dtype.type if part.stop < 1 << 24 else np.float64
+        at = np.arange(part.stop - part.start) + float(part.start)
+        source = np.maximum(exact(side / length) * (at.astype(exact) + exact(0.5)) - exact(0.5), 0)
+        low = np.minimum(source.astype(np.int64), side - 1)
+        parts.append((low, np.minimum(low + 1, side - 1), np.minimum(source - low, 1).astype(mask.dtype)))
+    (above, below, down), (left, right, along) = parts
+    across = mask[:, left] * (1 - along) + mask[:, right] * along
+    found: np.ndarray[Any, Any] = across[above] * (1 - down[:, None]) + across[below] * down[:, None]
+    return found

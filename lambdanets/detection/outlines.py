@@ -1,13 +1,19 @@
-"""Areas of masks and the boxes around them from their outlines and run lengths, undrawn, a million points at a time."""
+"""Areas of masks and the boxes around them from their outlines and run lengths, a million points at a time.
+
+The area of a polygon is first that of its corners, which is another than it covers where it crosses itself, overlaps
+the next or lies partly outside the picture: what does not fit is drawn before it is judged.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lambdanets.detection.annotations import POLYGONS, RUN_LENGTHS, SOUND, Annotations
+from lambdanets.detection.masks import rasterise
 from lambdanets.detection.run_lengths import read_runs
 
 FINE, NOT_FINITE, NO_AREA, FAR_OUTSIDE, BROKEN, WRONG_SUM = 0, 11, 12, 13, 14, 15
@@ -18,9 +24,10 @@ _LEAST_AREA = 1e-6  # px: of three points on a line rounding leaves less
 
 
 class Outlines(NamedTuple):
-    """What is known of the masks of a file without drawing them.
+    """What is known of the masks of a file.
 
-    areas      float64 (objects,) px: of run lengths exact, of polygons the sum of theirs; NaN without a sound mask
+    areas      float64 (objects,) px: of run lengths exact, of polygons the sum of theirs by their corners; NaN without
+               a sound mask
     bounds     float64 (objects, 4) x0, y0, x1, y1 px
     faults     uint8 (polygons,): the file's, or NOT_FINITE, NO_AREA, FAR_OUTSIDE
     run_faults uint8 (objects,): FINE, BROKEN, WRONG_SUM, NO_AREA
@@ -34,6 +41,20 @@ class Outlines(NamedTuple):
     polygon_bounds: _Array
 
 
+def can_draw() -> bool:
+    """Whether polygons can be drawn: the library that does it comes with the extra "detection"."""
+    return importlib.util.find_spec("faster_coco_eval") is not None
+
+
+def drawn_area(of: Annotations, polygons: _Array, height: int, width: int) -> int:
+    """Pixels of the picture that these polygons cover together."""
+    points = [_points(of, at) for at in polygons.tolist()]
+    low = np.clip(np.floor([p.min(axis=0) for p in points]).min(axis=0) - 1, 0, (width, height)).astype(int).tolist()
+    high = np.clip(np.ceil([p.max(axis=0) for p in points]).max(axis=0) + 2, 0, (width, height)).astype(int).tolist()
+    to = max(high[1] - low[1], 0), max(high[0] - low[0], 0)
+    return int(rasterise(points, (height, width), offset=(low[1], low[0]), to=to).sum())
+
+
 def outline(of: Annotations, sizes: _Array) -> Outlines:
     """Looks at every mask.
 
@@ -42,6 +63,12 @@ def outline(of: Annotations, sizes: _Array) -> Outlines:
     n = len(of.ids)
     owner = np.repeat(np.arange(n), np.diff(of.polygon_starts))
     areas, bounds, faults = _polygons(of)
+    if can_draw():
+        # One that crosses itself may have as much to the left of its line as to the right.
+        flat = np.flatnonzero((faults == SOUND) & (areas < _LEAST_AREA) & (sizes[owner] > 0).all(axis=1))
+        for polygon in flat.tolist():
+            if drawn_area(of, np.array([polygon]), *sizes[owner[polygon]].tolist()) == 0:
+                faults[polygon] = NO_AREA
     sound = faults == SOUND
     reach = np.maximum(sizes.max(axis=1, initial=0), 1)[owner].astype(float)
     with np.errstate(invalid="ignore"):
@@ -91,7 +118,9 @@ def _polygons(of: Annotations) -> tuple[_Array, _Array, _Array]:
             bounds[some, 2:] = np.maximum.reduceat(points, starts)
         finite = np.logical_and.reduceat(np.isfinite(points).all(axis=1), starts)
         faults[some[~(finite & np.isfinite(areas[some]))]] = NOT_FINITE
-        faults[some[finite & (areas[some] < _LEAST_AREA)]] = NO_AREA
+        with np.errstate(invalid="ignore"):
+            thin = (bounds[some, 2:] <= bounds[some, :2]).any(axis=1)
+        faults[some[finite & thin]] = NO_AREA
     return areas, bounds, faults
 
 

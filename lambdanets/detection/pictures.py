@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import os
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lambdanets.data.decode import _FORMATS, MAX_IMAGE_PX
+from lambdanets.data.decode import _FORMATS, MAX_IMAGE_PX, open_image
 from lambdanets.data.order import hash_of
 from lambdanets.detection.annotations import Annotations
 from lambdanets.detection.findings import Findings
+from lambdanets.errors import BadImage, printable
 from lambdanets.files import open_file
 
 HEADERS = 1000
@@ -28,13 +30,16 @@ _HEAD_BYTES = 4096
 
 
 def look_at_pictures(
-    of: Annotations, root: Path | None, part: str, findings: Findings, skip_missing: bool, all_headers: bool
-) -> tuple[_Array, _Array]:
-    """Which pictures of a file can be used, bool (n,), and their sizes, int64 (n, 2) height, width px.
+    of: Annotations, root: Path | None, part: str, findings: Findings, skip_missing: bool, all_headers: bool,
+    decode: bool = False,
+) -> tuple[_Array, _Array, _Array]:  # fmt: skip
+    """Which pictures of a file can be used, bool (n,), their sizes, int64 (n, 2) height, width px, and which are
+    missing, bool (n,).
 
-    root  None: the pictures are not files, and what the file says of them is taken for true
+    root    None: the pictures are not files, and what the file says of them is taken for true
+    decode  every picture is decoded, and one that cannot be is an error
     """
-    usable = np.ones(len(of.names), bool)
+    usable, missing = np.ones(len(of.names), bool), np.zeros(0, np.int64)
 
     def left_out(id: str, what: str, action: str, which: _Array, *, dropped: bool = False) -> None:
         names = (of.names[at] for at in which)
@@ -54,21 +59,38 @@ def look_at_pictures(
     else:
         missing = np.flatnonzero(usable & ~_there(root, of.names, usable))
         where = "left out" if skip_missing else f"not below {root}; add them, or leave them out with --skip-missing"
+        if missing.size and missing.size == usable.sum():
+            names = [of.names[at] for at in missing.tolist()]
+            where = f"no picture was found below {root}; the names look like {printable(names[0])}: give the folder "
+            where += f"that they start from, --images-dir {_start(root, of.file, names)}"
         left_out("R70", "pictures that are missing", where, missing, dropped=skip_missing)
         unknown = np.flatnonzero(usable & (sizes == 0).any(axis=1))
-        _compare(of, root, part, findings, usable, sizes, unknown, all_headers, left_out)
+        _compare(of, root, part, findings, usable, sizes, unknown, all_headers, decode, left_out)
     large = np.flatnonzero(usable & (sizes.prod(axis=1) > MAX_IMAGE_PX))
     left_out("R79", f"pictures of more than {MAX_IMAGE_PX:,} pixels", "no such picture is decoded: shrink them", large)
-    return usable, sizes
+    return usable, sizes, np.isin(np.arange(len(of.names)), missing)
+
+
+def _start(root: Path, file: Path, names: list[str]) -> str:
+    """The folder near `root` that most of some twenty names start from; DIR where none does."""
+    tried = names[:: max(1, len(names) // 20)]
+    places = [*root.absolute().parents[:3], file.absolute().parent, file.absolute().parent / "images"]
+    with contextlib.suppress(OSError):
+        places += sorted(place for place in root.absolute().iterdir() if place.is_dir())[:50]
+    for place in places:
+        if 2 * sum((place / name).is_file() for name in tried) > len(tried):
+            near = os.path.relpath(place)
+            return printable(place if near.startswith("..") else near)
+    return "DIR"
 
 
 def _compare(
     of: Annotations, root: Path, part: str, findings: Findings, usable: _Array, sizes: _Array, unknown: _Array,
-    all_headers: bool, left_out: Any,
+    all_headers: bool, decode: bool, left_out: Any,
 ) -> None:  # fmt: skip
     """Sizes of the file against those of the headers; those that the file does not say are filled in."""
     there = np.flatnonzero(usable).tolist()
-    if not all_headers:
+    if not (all_headers or decode):
         there = heapq.nsmallest(HEADERS, there, key=lambda at: hash_of("header", int(of.image_ids[at])))
     found: dict[str, list[int]] = defaultdict(list)
     shown: dict[str, list[str]] = defaultdict(list)
@@ -76,9 +98,13 @@ def _compare(
         kind, name = "unread", of.names[at]
         try:
             height, width, turned = header(root / name)
+            if decode:
+                open_image(root / name, name=name)
         except ValueError as error:
-            found["lost" if (sizes[at] == 0).any() else "unread"].append(at)
-            shown[kind].append(f"{name}: {error}")
+            kind = "lost" if (sizes[at] == 0).any() else "broken" if decode else "unread"
+            found[kind].append(at)
+            reason = error.reason if isinstance(error, BadImage) else error
+            shown[kind].append(f"{name}: cannot be read: {reason}" if decode else f"{name}: {reason}")
             continue
         said = sizes[at].tolist()
         if 0 in said:
@@ -90,7 +116,7 @@ def _compare(
             kind = "before" if turned else "swapped"
         else:
             kind = "wrong"
-            name = f"{name} (said {said[1]} x {said[0]}, is {width} x {height})"
+            name = f"{name} (width x height: said {said[1]} x {said[0]}, is {width} x {height})"
         found[kind].append(at)
         shown[kind].append(name)
     looked = f" (of {len(there):,} looked at; --all-images looks at all)" if len(there) < usable.sum() else ""
@@ -106,6 +132,7 @@ def _compare(
     what = f"pictures whose height and width the file has in the other order; no EXIF turn{looked}"
     add("D12", "swapped", what, "the file is turned, the picture is not: swap them", "error")
     add("R79", "filled", "pictures whose size the file does not say", "read from their headers", "warning")
+    add("R70", "broken", "pictures that cannot be read", "replace them, or take them off the list", "error")
     what = f"pictures whose header cannot be read{looked}"
     add("R70", "unread", what, "training names each, and stops above its --max-bad-frac", "warning")
     lost = np.array(found["lost"], np.int64)

@@ -157,7 +157,9 @@ def average_precision(
     check_detected(images, detected, kind)
     truth, objects, pictures = _truth(images, kind)
     found = COCO(truth, print_function=_silent)
-    evaluation = COCOeval_faster(found, found.loadRes(_results(images, detected, kind)), kind, print_function=_silent)
+    numbered = _numbers(images)
+    results = [{**one, "image_id": numbered[one["image_id"]]} for one in _results(images, detected, kind)]
+    evaluation = COCOeval_faster(found, found.loadRes(results), kind, print_function=_silent)
     evaluation.params.maxDets = [1, 10, max_detections]
     evaluation.evaluate()
     evaluation.accumulate()
@@ -272,8 +274,7 @@ def _wanted(images: Truth, index: int, kind: Kind) -> _Wanted:
         return _Wanted(objects.labels, crowd, objects.areas, boxes, boxes.tolist())
     from faster_coco_eval.core import mask
 
-    size = [int(side) for side in images.sizes[index]]
-    shapes = []
+    size, shapes = [int(side) for side in images.sizes[index]], []
     for i, given in enumerate(objects.segmentations):
         if isinstance(given, bytes):
             shapes.append({"size": size, "counts": given})
@@ -286,12 +287,18 @@ def _wanted(images: Truth, index: int, kind: Kind) -> _Wanted:
     return _Wanted(objects.labels, crowd, objects.areas, boxes, shapes)
 
 
+def _numbers(images: Truth) -> dict[int, int]:
+    """The library's number of each image id, since it takes no id below 0; in their order, which decides ties."""
+    return {image_id: number for number, image_id in enumerate(sorted(images.image_ids.tolist()), 1)}
+
+
 def _truth(images: Truth, kind: Kind) -> tuple[dict[str, Any], Counter[int], Counter[int]]:
     """The set as the library reads it, with labels for category ids; and how many objects and images a label has."""
     annotations: list[dict[str, Any]] = []
     objects: Counter[int] = Counter()
     pictures: Counter[int] = Counter()
-    for index, image_id in enumerate(images.image_ids.tolist()):
+    ids, numbers = images.image_ids.tolist(), _numbers(images)
+    for index, image_id in enumerate(ids):
         wanted = _wanted(images, index, kind)
         labels = wanted.labels.tolist()
         counted = Counter(label for label, crowd in zip(labels, wanted.crowd, strict=True) if not crowd)
@@ -303,7 +310,7 @@ def _truth(images: Truth, kind: Kind) -> tuple[dict[str, Any], Counter[int], Cou
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # the data's own may be 0, which the library reads as no match
-                    "image_id": image_id,
+                    "image_id": numbers[image_id],
                     "category_id": label,
                     "iscrowd": int(crowd),
                     "area": area,
@@ -318,11 +325,8 @@ def _truth(images: Truth, kind: Kind) -> tuple[dict[str, Any], Counter[int], Cou
             f" (crowds are none): average precision is not defined without. Are these the annotations of these "
             f"pictures ({some(images.names, 3)})?"
         )
-    size = images.sizes.tolist()
-    pictures_json = [
-        {"id": image_id, "height": height, "width": width}
-        for image_id, (height, width) in zip(images.image_ids.tolist(), size, strict=True)
-    ]
+    sizes = zip(ids, images.sizes.tolist(), strict=True)
+    pictures_json = [{"id": numbers[id], "height": size[0], "width": size[1]} for id, size in sizes]
     categories = [{"id": label, "name": printable(c.name)} for label, c in enumerate(images.categories, 1)]
     return {"images": pictures_json, "annotations": annotations, "categories": categories}, objects, pictures
 

@@ -174,7 +174,7 @@ def test_wrong_sizes_are_found_in_the_headers_and_a_turned_picture_is_told_apart
     Image.new("RGB", (WIDE, HIGH)).save(tmp_path / "images/3.png", "JPEG", exif=turn)
     found = look_at_coco(tmp_path)
     wrong, filled = rows(found, "R79")
-    assert (wrong.severity, wrong.names) == ("error", ("1.png (said 60 x 48, is 64 x 48)",))
+    assert (wrong.severity, wrong.names) == ("error", ("1.png (width x height: said 60 x 48, is 64 x 48)",))
     assert (filled.severity, filled.names) == ("warning", ("4.png",))
     before, swapped = rows(found, "D12")
     assert (before.severity, before.names) == ("error", ("3.png",))
@@ -303,7 +303,7 @@ def test_check_prints_the_table_and_answers_2_where_there_is_an_error(tmp_path, 
     assert "0 errors, 0 other findings" in capsys.readouterr().out
     assert main(["check", str(pair(tmp_path / "bad", change({"bbox": [NAN, 1, 1, 1]})))]) == 2
     out = capsys.readouterr().out
-    assert "error   R72  train: 1 objects with a box that is NaN" in out
+    assert "error   R72  train: 1 object with a box that is NaN" in out
     assert "1.png #100" in out
     assert main(["check"]) == 2
     assert "DATA or --annotations" in capsys.readouterr().err
@@ -326,9 +326,9 @@ def test_fix_writes_a_copy_that_pycocotools_reads_and_check_finds_nothing_in(tmp
     assert main(["check", str(tmp_path / "good")]) == 0
     assert "0 errors" in capsys.readouterr().out
     found = COCO(tmp_path / "good/annotations/instances_train.json")
-    assert sorted(found.imgs) == [1, 2, 3]
+    assert sorted(found.imgs) == [2, 3]  # the first lost both of its objects
     assert sorted(found.cats) == [3, 7]
-    assert sorted(found.anns) == [103, 104, 105, 106]
+    assert sorted(found.anns) == [103, 104, 105, 108]  # a made id is none that the file has
     crowd = next(row for row in found.anns.values() if row["iscrowd"])
     assert found.annToMask(crowd).sum() == HIGH * 8
     assert found.annToMask(crowd)[:, 4:12].all()
@@ -479,5 +479,5 @@ def test_check_takes_any_file_and_the_classes_wanted_and_imports_no_torch(tmp_pa
     code = "import sys; from lambdanets.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("0 False\n"), done.stdout + done.stderr
-    assert "20 objects of classes that were not asked for: left out" in done.stdout
-    assert "of 1 classes" in done.stdout
+    assert "20 objects of cat: left out" in done.stdout
+    assert "of 1 class" in done.stdout

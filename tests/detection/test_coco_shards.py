@@ -176,7 +176,7 @@ def test_an_unreadable_picture_is_left_out_with_its_objects_and_listed(shapes, t
     said = capsys.readouterr()
     assert "7 training and 4 validation images" in said.out
     assert "2 unreadable files left out, listed in bad_samples.jsonl" in said.out
-    assert "pictures whose header cannot be read" in said.err
+    assert "1 picture whose header cannot be read" in said.err
     bad = [json.loads(line) for line in (tmp_path / "out/bad_samples.jsonl").read_text().splitlines()]
     assert [line["name"] for line in bad] == ["train/000002.png", "val/000009.png"]
     one, two = open_coco(shapes), open_coco(tmp_path / "out")
@@ -194,13 +194,13 @@ def test_what_is_wrong_with_the_data_is_said_before_anything_is_packed(tmp_path,
     source = pair(tmp_path / "in", held(4))
     (source / "images/1.png").unlink()
     assert main(["pack", str(source), str(tmp_path / "out")]) == 2
-    assert "1 pictures that are missing" in capsys.readouterr().err
+    assert "1 picture that is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["pack", str(source), str(tmp_path / "out"), "--skip-missing"]) == 0
     assert open_coco(tmp_path / "out").train.names == ["2.png", "3.png", "4.png"]
     Image.new("RGB", (64, 49)).save(source / "images/1.png")
     assert main(["pack", str(source), str(tmp_path / "new")]) == 2
-    assert "1 pictures of another height and width than the file says" in capsys.readouterr().err
+    assert "1 picture of another height and width than the file says" in capsys.readouterr().err
 
 
 PACK = """
@@ -302,7 +302,7 @@ def test_a_run_is_judged_by_shards_as_by_the_folder(made, shapes, packed):
         images, said, _ = every_picture(source, class_names=run.classes)
         batches = evaluation_batches(images, run.view, batch_images=3)
         found.append(evaluate(run.model, batches, images, device=torch.device("cpu")).json())
-    assert said == f"the held-out part of the shards {packed}: 5 pictures with 18 objects and 0 crowds"
+    assert said == f"the held-out part of the shards {packed}: 5 pictures with 18 objects"
     assert found[0] == found[1]
     assert found[0]["n"] == 5
 

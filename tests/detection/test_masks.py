@@ -1,6 +1,7 @@
 """Masks: run lengths as pycocotools writes them, polygons under scale and crop, pasting in little memory."""
 
 import resource
+import tracemalloc
 
 import numpy as np
 import pycocotools.mask as reference
@@ -158,6 +159,49 @@ def test_pasted_bits_are_torchvisions_and_their_run_lengths_are_pycocotools(size
     found = list(paste(masks, boxes, size))
     assert np.array_equal(found, expected)
     assert list(paste_runs(masks, boxes, size)) == [as_theirs(mask) for mask in expected]
+
+
+LARGE = ((0, 0, 3e4, 3e4), (-4e3, -9e3, 4e3, 9e3), (-500, 5, 9e5, 45), (20, -8e4, 30, 300))
+
+
+def test_a_box_much_larger_than_the_picture_costs_what_is_seen_of_it_and_gives_torchvisions_bits():
+    masks = torch.rand(len(LARGE), 28, 28, generator=torch.Generator().manual_seed(1))
+    tracemalloc.start()
+    ours = list(paste(masks, torch.tensor(LARGE), (50, 60)))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**20
+    for bits, mask, (x0, y0, x1, y1) in zip(ours, masks, LARGE, strict=True):
+        # Only what torchvision can hold: the same rule for each axis by itself, since bilinear is one after the other.
+        grow = 30 / 28 / 2
+        left, right = (int((x0 + x1) / 2 + s * (x1 - x0) * grow) for s in (-1, 1))
+        top, bottom = (int((y0 + y1) / 2 + s * (y1 - y0) * grow) for s in (-1, 1))
+        padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))[None, None].double()
+        kind = {"mode": "bilinear", "align_corners": False}
+        rows = torch.nn.functional.interpolate(padded, size=(bottom - top + 1, 30), **kind)
+        rows = rows[:, :, max(-top, 0) : 50 - top]
+        both = torch.nn.functional.interpolate(rows, size=(rows.shape[2], right - left + 1), **kind)
+        part = both[0, 0, :, max(-left, 0) : 60 - left]
+        sure = (part - 0.5).abs() > 1e-3  # at a million pixels float32 has places to 0.06 of a pixel
+        y, x = max(top, 0), max(left, 0)
+        inside = torch.from_numpy(bits[y : y + part.shape[0], x : x + part.shape[1]])
+        assert torch.equal(inside[sure], part[sure] > 0.5)
+        assert sure.float().mean() > 0.95
+        assert bits.sum() == inside.sum()
+
+
+@pytest.mark.parametrize("side", [1e9, 1e18, 1e30, 3e38])
+def test_any_finite_box_is_pasted(side):
+    boxes = torch.tensor(
+        [[-side, -side, side, side], [side / 50, side / 50, side, side], [-side, 3, side, 9], [side, side, side, side]]
+    )
+    whole, corner, stripe, outside = paste(torch.ones(4, 28, 28), boxes, (50, 60))
+    assert whole.all()
+    assert not corner.any()
+    (short,) = paste(torch.ones(1, 28, 28), torch.tensor([[-60.0, 3, 120, 9]]), (50, 60))
+    assert np.array_equal(stripe, short)
+    assert not outside.any()
+    assert len(list(paste_runs(torch.ones(4, 28, 28), boxes, (50, 60)))) == 4
 
 
 def test_no_objects_and_objects_outside_the_picture_paste_nothing():

@@ -304,6 +304,24 @@ def test_an_object_without_a_mask_is_found_as_a_box_and_passed_over_as_a_mask():
     assert average_precision(images, [found(BOXES[1:])], "bbox").ap < 0.9
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_ids_below_0_and_of_16_digits_change_no_number_and_come_back_in_the_results(kind):
+    plain, found = with_objects(3)
+    ids = plain.image_ids.tolist()
+    # The order stays, since it decides ties of equal scores.
+    other = dict(zip(ids, np.linspace(-9, 2**53 - 1, len(ids)).astype(np.int64).tolist(), strict=True))
+    truth = json.loads(json.dumps(plain.truth))
+    for row in truth["images"]:
+        row["id"] = other[row["id"]]
+    for row in truth["annotations"]:
+        row["image_id"] = other[row["image_id"]]
+    images, detected = Set(truth), [one._replace(image_id=other[one.image_id]) for one in found]
+    assert average_precision(images, detected, kind) == average_precision(plain, found, kind)
+    named = {row["image_id"] for row in detections_json(images, detected, kind)}
+    assert named <= set(other.values())
+    assert -9 in images.image_ids
+
+
 def test_one_results_file_serves_boxes_and_masks_in_order_with_the_data_sets_own_ids():
     images, detected = with_objects(5)
     results = json.loads(json.dumps(detections_json(images, detected)))
