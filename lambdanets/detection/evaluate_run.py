@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from lambdanets.detection.batches import evaluation_batches
+from lambdanets.detection.mistakes import Errors, errors
 from lambdanets.detection.plots import precision_png
-from lambdanets.detection.precision import Errors, Precision, errors
+from lambdanets.detection.precision import Precision
 from lambdanets.detection.predict import view_at
 from lambdanets.detection.run import DETECTIONS, DetectionRun, open_run
 from lambdanets.detection.scores import Scores, evaluate, write_detections

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lambdanets.detection.precision import RECALLS, Errors, Precision
+from lambdanets.detection.mistakes import Errors
+from lambdanets.detection.precision import RECALLS, Precision
 from lambdanets.detection.tables import OF_KIND, OF_LOSS
 from lambdanets.errors import printable
 from lambdanets.runs.page import draw_steps, saved, svg

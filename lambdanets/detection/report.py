@@ -11,8 +11,9 @@ import torch
 from lambdanets.detection.batches import evaluation_batches
 from lambdanets.detection.coco import CocoImages
 from lambdanets.detection.gallery import Pair, pairs
+from lambdanets.detection.mistakes import Errors, errors
 from lambdanets.detection.plots import curves_png, curves_svg, precision_png
-from lambdanets.detection.precision import Errors, Precision, errors
+from lambdanets.detection.precision import Precision
 from lambdanets.detection.run import DETECTIONS, open_run, read_record
 from lambdanets.detection.scores import Scores, evaluate, write_detections
 from lambdanets.detection.source import own_images

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lambdanets.detection.precision import ERROR_KINDS, Errors, Precision, shown
+from lambdanets.detection.mistakes import ERROR_KINDS, Errors
+from lambdanets.detection.precision import Precision, shown
 from lambdanets.errors import printable, some
 from lambdanets.runs.page import cut
 

@@ -26,8 +26,9 @@ from lambdanets.detection.evaluate_run import evaluate_run
 from lambdanets.detection.gallery import pairs
 from lambdanets.detection.layouts import open_coco
 from lambdanets.detection.masks import decode
+from lambdanets.detection.mistakes import errors
 from lambdanets.detection.plots import curves_png
-from lambdanets.detection.precision import Detected, Precision, detections_json, errors
+from lambdanets.detection.precision import Detected, Precision, detections_json
 from lambdanets.detection.predict import DetectionPrediction, predict
 from lambdanets.detection.report import write_report
 from lambdanets.detection.run import open_run, read_record

@@ -13,14 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from lambdanets.detection.masks import encode
-from lambdanets.detection.precision import (
-    ERROR_KINDS,
-    Detected,
-    average_precision,
-    detections_json,
-    errors,
-    shown,
-)
+from lambdanets.detection.mistakes import ERROR_KINDS, errors
+from lambdanets.detection.precision import Detected, average_precision, detections_json, shown
 from lambdanets.errors import BadData
 
 SIZES = ("small", "medium", "large")
