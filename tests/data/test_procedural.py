@@ -117,7 +117,7 @@ def test_the_class_of_a_disc_is_the_colour_of_a_marker_in_a_corner_and_of_nothin
         names = {one.name for one in seen if "disc" in one.name}
         assert len(names) == 1
         (name,) = names
-        marker = (235, 110, 30) if name == "warm disc" else (30, 110, 235)
+        marker = (255, 40, 0) if name == "warm disc" else (0, 40, 255)
         at = np.argwhere((pixels == marker).all(2))
         assert len(at) == 36
         assert not any(one.visible[tuple(at.T)].any() for one in seen)
