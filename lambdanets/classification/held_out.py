@@ -19,6 +19,7 @@ from lambdanets.data.shards import is_shards
 from lambdanets.data.sklearn_digits import digits
 from lambdanets.data.source import DIGITS, absolute
 from lambdanets.errors import BadData, BadImage, some
+from lambdanets.runs.record import val_fingerprint
 
 
 def own_images(record: dict[str, Any], by: str | Path, allow_sources: Sequence[str] = ()) -> tuple[Images, str]:
@@ -29,7 +30,7 @@ def own_images(record: dict[str, Any], by: str | Path, allow_sources: Sequence[s
     else:
         check_source(found["source"], allow_sources, str(by))
         images = folder(found["source"], allow_sources=allow_sources).val
-    fingerprint = _val_fingerprint(record)
+    fingerprint = val_fingerprint(record)
     same = len(images) == found["val_images"] and list(images.classes) == record["classes"]
     if not same or fingerprint not in (None, images.fingerprint()):
         raise BadData(
@@ -56,7 +57,7 @@ def images_of(data: str | Path, record: dict[str, Any], allow_sources: Sequence[
         if own or not root.is_dir() or is_shards(data):
             raise
     if divided is not None:
-        own = own or divided.fingerprint() == _val_fingerprint(record)
+        own = own or divided.fingerprint() == val_fingerprint(record)
         if own or not root.is_dir() or is_shards(data):
             which = "that the run held out" if own else "of its val split"
             _refuse_unknown(divided.classes, classes, str(data))
@@ -119,8 +120,3 @@ def _unreadable(images: Images, ids: Sequence[int], workers: int) -> dict[int, s
         )
         tried = loader
     return {index: why for index, why in tried if why is not None}
-
-
-def _val_fingerprint(record: dict[str, Any]) -> str | None:
-    fingerprint: dict[str, str] = record["data"].get("fingerprint") or {}
-    return fingerprint.get("val")

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lambdanets import __version__
 from lambdanets.classification.scores import Confusion, Scores
 from lambdanets.data.decode import MAX_IMAGE_PX
 from lambdanets.data.transforms import View
-from lambdanets.errors import BadRun, printable
+from lambdanets.errors import printable
 from lambdanets.files import field
 from lambdanets.models.create import create_model
 from lambdanets.recipes.recipe import Recipe
@@ -22,7 +20,7 @@ from lambdanets.runs import record as run_json
 from lambdanets.runs.checkpoints import is_checkpoint
 from lambdanets.runs.folder import CURVES, REPORT, WEIGHTS
 from lambdanets.runs.record import RUN_JSON, check_number, check_types, strings
-from lambdanets.runs.weights import Weights, weights_file
+from lambdanets.runs.weights import with_weights
 
 NAME = "classification"  # of the task, in run.json
 
@@ -83,26 +81,13 @@ def open_run(source: str | Path) -> Run:
     folder = Path(os.path.abspath(source)).parent if is_checkpoint(source) else Path(source)
     record = read_record(folder)
     recipe, view, classes = recipe_of(record), view_of(record), tuple(record["classes"])
-    if not os.path.lexists(file := weights_file(Path(source))):
-        raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {file.name}")
-
-    def build() -> nn.Module:
-        try:
-            return create_model(recipe.model, num_classes=len(classes), in_channels=recipe.in_channels)
-        except ValueError as error:
-            raise BadRun(f"{folder / RUN_JSON} is not a run of lambdanets {__version__}: {error}") from error
-
-    with Weights(source) as found:
-        with torch.device("meta"):  # compared before there is memory for either
-            if (why := found.misfit(build())) is not None:
-                raise BadRun(f"{found.file} is not the weights of this run's {recipe.model}: {why}")
-        tensors = found.read()
-    model = build()
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BadRun(f"{found.file} is not the weights of this run's {recipe.model}: {error}") from error
-    return Run(folder, model.eval(), view, classes, record)
+    model = with_weights(
+        Path(source),
+        folder,
+        lambda: create_model(recipe.model, num_classes=len(classes), in_channels=recipe.in_channels),
+        recipe.model,
+    )
+    return Run(folder, model, view, classes, record)
 
 
 @dataclass(frozen=True)

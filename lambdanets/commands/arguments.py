@@ -26,6 +26,11 @@ def allow_source(parser: ArgumentParser) -> None:
     )
 
 
+def told(given: Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the arguments that were given; a 0 tells something."""
+    return [name for name in names if given[name] is not None and given[name] is not False and given[name] != []]
+
+
 def task_of_run(given: Namespace, only: Mapping[str, Sequence[str]]) -> str:
     """The task of the run `given.run`.
 
@@ -35,8 +40,7 @@ def task_of_run(given: Namespace, only: Mapping[str, Sequence[str]]) -> str:
 
     task = task_of(given.run)
     for other, names in only.items():
-        told = [name for name in names if given[name] is not None and given[name] is not False and given[name] != []]
-        if other != task and told:
-            options = ", ".join("--" + name.replace("_", "-") for name in told)
+        if other != task and (those := told(given, names)):
+            options = ", ".join("--" + name.replace("_", "-") for name in those)
             raise BadRecipe(f"{given.run} is a run of {task}, and {options} is for one of {other}: leave that out")
     return task

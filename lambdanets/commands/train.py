@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lambdanets.commands.arguments import allow_source
+from lambdanets.commands.arguments import allow_source, told
 from lambdanets.errors import EXIT_CODES_TEXT
 from lambdanets.recipes.coco import Padding
 from lambdanets.recipes.recipe import BatchNorm, Optimizer, Options, Precision, RecipeName
@@ -121,12 +120,12 @@ def run(given: Namespace) -> int:
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
     asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small")
-    told = any(_told(given, asked + _OF_ANY + _OF_LABELS + _OF_BOXES + _OF_COCO))
+    changed = any(told(given, asked + _OF_ANY + _OF_LABELS + _OF_BOXES + _OF_COCO))
     try:
         begun = begun_task(given.out) if given.resume and given.out is not None else None
     except OSError as error:
         raise BadRun(f"--out {given.out} cannot be read ({error.strerror})") from error
-    if begun is not None and not told:  # the same, without being told
+    if begun is not None and not changed:  # the same, without being told
         return _again(given, begun, how)
     if given.init_image_px is not None and given.init_from is None:
         raise recipes.BadRecipe("--init-image-px says at which size the weights of --init-from were trained: give both")
@@ -137,7 +136,7 @@ def run(given: Namespace) -> int:
         raise recipes.BadRecipe(f"--recipe {given.recipe} learns from a folder of images: {remedy}")
     if given.recipe in ("detect", "table6") or given.annotations is not None or _is_coco(given):
         return _detector(given, how)
-    for name in _told(given, _OF_BOXES + _OF_COCO):
+    for name in told(given, _OF_BOXES + _OF_COCO):
         raise recipes.BadRecipe(
             f"--{name.replace('_', '-')} is of detectors, which learn from --data with COCO files"
             + ("" if given.data is None else f", and {given.data} has none: leave it out")
@@ -153,11 +152,6 @@ def run(given: Namespace) -> int:
 
     how["allow_sources"] = given.allow_source
     return _show(train(recipe, given.data, out=given.out, seed=given.seed or 0, init_from=given.init_from, **how))
-
-
-def _told(given: Namespace, names: Sequence[str]) -> list[str]:
-    """Those of the arguments that were given; a 0 tells something."""
-    return [name for name in names if given[name] is not None and given[name] is not False]
 
 
 def _is_coco(given: Namespace) -> bool:
@@ -206,17 +200,18 @@ def _detector(given: Namespace, how: dict[str, Any]) -> int:
     from lambdanets.recipes import coco
 
     name, small, source = given.recipe or "detect", given.small, None
-    run = recorded(given.out) if given.resume and given.out is not None else None
-    if given.data is None and given.annotations is None and run is not None:  # its data, and what else was said
+    nowhere = given.data is None and given.annotations is None
+    run = recorded(given.out) if nowhere and given.resume and given.out is not None else None
+    if run is not None:  # its data, and what else was said
         source, named = run[1], run[0].name
         name, small = given.recipe or named.removesuffix("_small"), given.small or named.endswith("_small")
-    if given.data is None and given.annotations is None and source is None:
+    if nowhere and source is None:
         raise BadRecipe(f"--recipe {name} learns from COCO files: give --data COCO")
     if given.data is not None and given.annotations is not None:
         raise BadData("--data and --annotations are two places: give one of them")
     if given.recipe not in (None, "detect", "table6"):
         raise BadRecipe(f"--recipe {name} learns one label a picture, and --annotations names a COCO file")
-    for unknown in _told(given, _OF_LABELS):
+    for unknown in told(given, _OF_LABELS):
         raise BadRecipe(f"--{unknown.replace('_', '-')} is of classification, and a detector is trained: leave it out")
     recipe = coco.choose(
         name,

@@ -26,10 +26,10 @@ from lambdanets.detection.regions import Heads, proposer
 from lambdanets.models.create import PUBLIC, create_lambda_resnet
 from lambdanets.models.sizes import SIZES
 from lambdanets.models.timm_layers import accelerate
+from lambdanets.recipes.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 Padding = Literal["masked", "visible"]
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

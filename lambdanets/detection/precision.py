@@ -124,6 +124,12 @@ def shown(value: float | None) -> str:
     return "no such objects" if value is None or value < 0 else f"{value:.3f}"
 
 
+def said(box: Precision, mask: Precision | None) -> str:
+    """The numbers that a line has room for."""
+    text = f"box AP {box.ap:.3f}, AP50 {box.ap50:.3f}"
+    return text if mask is None else f"{text}; mask AP {mask.ap:.3f}, AP50 {mask.ap50:.3f}"
+
+
 def average_precision(
     images: Truth, detected: Sequence[Detected], kind: Kind = "bbox", max_detections: int = 100
 ) -> Precision:

@@ -7,22 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lambdanets import __version__
 from lambdanets.data.decode import MAX_IMAGE_PX
 from lambdanets.detection.check import Category
 from lambdanets.detection.detector import Detector, HeadSizes, create_detector
-from lambdanets.detection.precision import RECALLS, Precision
+from lambdanets.detection.precision import RECALLS, Precision, said
 from lambdanets.detection.transforms import DetectionView
-from lambdanets.errors import BadRun, printable
+from lambdanets.errors import printable
 from lambdanets.files import field
 from lambdanets.recipes.coco import DetectionRecipe
 from lambdanets.runs import record as run_json
 from lambdanets.runs.checkpoints import is_checkpoint
 from lambdanets.runs.folder import CURVES, REPORT, WEIGHTS
 from lambdanets.runs.record import RUN_JSON, check_number
-from lambdanets.runs.weights import Weights, weights_file
+from lambdanets.runs.weights import with_weights
 
 NAME = "detection"  # of the task, in run.json
 DETECTIONS = "detections.json"
@@ -144,23 +141,14 @@ def open_run(source: str | Path) -> DetectionRun:
     folder = Path(os.path.abspath(source)).parent if is_checkpoint(source) else Path(source)
     record = read_record(folder)
     recipe, view, categories = recipe_of(record), view_of(record), categories_of(record)
-    if not os.path.lexists(file := weights_file(Path(source))):
-        raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {file.name}")
-
-    def build() -> Detector:
-        try:
-            return detector_of(recipe, classes=len(categories), masks=view.masks)
-        except ValueError as error:
-            raise BadRun(f"{folder / RUN_JSON} is not a run of lambdanets {__version__}: {error}") from error
-
-    with Weights(source) as found:
-        with torch.device("meta"):  # compared before there is memory for either
-            if (why := found.misfit(build())) is not None:
-                raise BadRun(f"{found.file} is not the weights of this run's detector on {recipe.model}: {why}")
-        tensors = found.read()
-    model = build()
-    model.load_state_dict(tensors)
-    return DetectionRun(folder, model.eval(), view, categories, recipe, record)
+    model = with_weights(
+        Path(source),
+        folder,
+        lambda: detector_of(recipe, classes=len(categories), masks=view.masks),
+        f"detector on {recipe.model}",
+    )
+    assert isinstance(model, Detector)
+    return DetectionRun(folder, model, view, categories, recipe, record)
 
 
 @dataclass(frozen=True)
@@ -175,11 +163,9 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        said = f"box AP {self.box.ap:.3f}, AP50 {self.box.ap50:.3f}"
-        if self.mask is not None:
-            said += f"; mask AP {self.mask.ap:.3f}, AP50 {self.mask.ap50:.3f}"
         files = f"{WEIGHTS}, {RUN_JSON}, {DETECTIONS}, {CURVES}, {REPORT}"
-        return f"{said} on {self.n:,} held-out images after {self.seconds:.0f} s\n{printable(self.folder)}: {files}"
+        numbers = f"{said(self.box, self.mask)} on {self.n:,} held-out images after {self.seconds:.0f} s"
+        return f"{numbers}\n{printable(self.folder)}: {files}"
 
 
 def result_of(folder: Path, record: dict[str, Any]) -> Result:

@@ -18,7 +18,7 @@ from lambdanets.detection.batches import Batch
 from lambdanets.detection.coco import CocoImages
 from lambdanets.detection.detector import Detector
 from lambdanets.detection.masks import paste_runs
-from lambdanets.detection.precision import Detected, Precision, average_precision, detections_json
+from lambdanets.detection.precision import Detected, Precision, average_precision, detections_json, said
 from lambdanets.errors import EvaluationStopped
 from lambdanets.files import placed
 from lambdanets.training.distributed import Ranks
@@ -67,10 +67,7 @@ class Scores:
         }
 
     def __str__(self) -> str:
-        said = f"box AP {self.box.ap:.3f}, AP50 {self.box.ap50:.3f}"
-        if self.mask is not None:
-            said += f"; mask AP {self.mask.ap:.3f}, AP50 {self.mask.ap50:.3f}"
-        return f"{said} on {self.n:,} images"
+        return f"{said(self.box, self.mask)} on {self.n:,} images"
 
 
 def as_floats(image: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,8 +104,11 @@ def evaluate(
     with ranks.together():
         for batch in batches.epoch(0):
             together = len(batch.ids) if device.type == "cuda" else 1
+            seen, targets = batch.images(), batch.targets()
             for first in range(0, len(batch.ids), together):
-                found += _of_images(model, batch, images, slice(first, first + together), device, dtype)
+                part = slice(first, first + together)
+                originals = [(height, width) for height, width in batch.originals[part].tolist()]
+                found += _of_images(model, seen[part], targets[part], originals, batch.ids[part], images, device, dtype)
             if stopped := not go_on():
                 break
     model.train(was_training)
@@ -138,25 +138,29 @@ def evaluate(
 
 
 def _of_images(
-    model: Detector, batch: Batch, images: CocoImages, part: slice, device: torch.device, dtype: torch.dtype
+    model: Detector,
+    pixels: list[Tensor],
+    held: list[dict[str, Tensor]],
+    originals: list[tuple[int, int]],
+    ids: list[int],
+    images: CocoImages,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[list[Any]]:
     """Of each image its number, its losses, and boxes, labels, scores and masks in its own pixels: what JSON holds."""
-    ids = batch.ids[part]
-    seen = [as_floats(image, device, dtype) for image in batch.images()[part]]
-    targets = [{name: t.to(device) for name, t in target.items()} for target in batch.targets()[part]]
+    seen = [as_floats(image, device, dtype) for image in pixels]
+    targets = [{name: t.to(device) for name, t in target.items()} for target in held]
     for target in targets:
         target["boxes"] = target["boxes"].to(dtype)
     seeds = [hash_of("judged", int(images.image_ids[i])) for i in ids]
     detections, losses = model(seen, targets, seeds=seeds)
     sizes = [(image.shape[1], image.shape[2]) for image in seen]
     rows = []
-    for index, loss, found, original, size in zip(
-        ids, losses, detections, batch.originals[part].tolist(), sizes, strict=True
-    ):
+    for index, loss, found, original, size in zip(ids, losses, detections, originals, sizes, strict=True):
         boxes = in_picture(found["boxes"], size, original)
         masks = None
         if model.masks:
-            masks = [runs.decode("latin-1") for runs in paste_runs(found["masks"].cpu(), boxes, tuple(original))]
+            masks = [runs.decode("latin-1") for runs in paste_runs(found["masks"].cpu(), boxes, original)]
         rows.append(
             [
                 index,

@@ -11,6 +11,7 @@ from lambdanets.detection.coco import CocoImages
 from lambdanets.detection.findings import Findings
 from lambdanets.detection.layouts import CocoData, _sources, every_picture, open_coco
 from lambdanets.errors import BadData
+from lambdanets.runs.record import val_fingerprint
 
 
 class CocoSource(NamedTuple):
@@ -70,7 +71,7 @@ def own_images(record: dict[str, Any]) -> Judged:
     held = record["data"]
     source = CocoSource.read(held)
     images = source.open(Wishes(skip_missing=source.skip_missing)).val
-    own = _val_fingerprint(record)
+    own = val_fingerprint(record)
     if len(images) != held["val_images"] or images.classes != _names(record) or own not in (None, images.fingerprint()):
         raise BadData(
             f"the held-out pictures of {held['source']} are not those of the run any more ({len(images):,} now, "
@@ -87,7 +88,7 @@ def images_of(source: CocoSource, record: dict[str, Any]) -> Judged:
     part of the data where it has one; else all of its one file.
     Raises BadData for data without any class of the run, or with no object of them; DiskFault.
     """
-    place, wishes, own = source.record(), Wishes(skip_missing=source.skip_missing), _val_fingerprint(record)
+    place, wishes, own = source.record(), Wishes(skip_missing=source.skip_missing), val_fingerprint(record)
     same_place = all(place[key] == record["data"].get(key) for key in ("source", "annotations"))
     if len(_sources(source.data, source.annotations, source.images)) == 1:
         # All of it may be what the run learnt from, and the tenth that it held out.
@@ -112,8 +113,3 @@ def images_of(source: CocoSource, record: dict[str, Any]) -> Judged:
 
 def _names(record: dict[str, Any]) -> tuple[str, ...]:
     return tuple(category["name"] for category in record["categories"])
-
-
-def _val_fingerprint(record: dict[str, Any]) -> str | None:
-    fingerprint: dict[str, str] = record["data"].get("fingerprint") or {}
-    return fingerprint.get("val")

@@ -161,6 +161,12 @@ def check_number(held: dict[str, Any], key: str) -> None:
         raise ValueError(f"its {key!r} is {held[key]}, not finite")
 
 
+def val_fingerprint(record: dict[str, Any]) -> str | None:
+    """Of the samples that the run held out; None in runs that did not note it."""
+    fingerprint: dict[str, str] = record["data"].get("fingerprint") or {}
+    return fingerprint.get("val")
+
+
 def recipe_of(record: dict[str, Any], kind: type[R]) -> R:
     """What the run learns."""
     held = field(record, "recipe", dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from lambdanets import __version__
 from lambdanets.errors import BadRun, mismatch, printable, some
 from lambdanets.files import field, json_object, open_file, placed, read_json
 from lambdanets.runs.checkpoints import STATE, TENSORS, is_checkpoint, read_checkpoint
@@ -240,6 +241,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     with Weights(path) as found:
         return found.read()
+
+
+def with_weights(source: Path, folder: Path, build: Callable[[], nn.Module], what: str) -> nn.Module:
+    """The model that `build` makes, in evaluation mode, with the weights of a run's folder or of RUN/step-N.
+
+    folder  of the run; build raises ValueError where its record names no model
+    what    the model is, for a person
+    Raises BadRun, naming the file, where anything is missing, damaged or does not fit.
+    """
+    if not os.path.lexists(file := weights_file(source)):
+        raise BadRun(f"{folder} is not the folder of a run with a finished epoch: it has no {file.name}")
+
+    def built() -> nn.Module:
+        try:
+            return build()
+        except ValueError as error:
+            raise BadRun(f"{folder / RUN_JSON} is not a run of lambdanets {__version__}: {error}") from error
+
+    with Weights(source) as found:
+        with torch.device("meta"):  # compared before there is memory for either
+            if (why := found.misfit(built())) is not None:
+                raise BadRun(f"{found.file} is not the weights of this run's {what}: {why}")
+        tensors = found.read()
+    model = built()
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadRun(f"{found.file} is not the weights of this run's {what}: {error}") from error
+    return model.eval()
 
 
 def check_weights(folder: Path) -> None:
