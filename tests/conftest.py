@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +77,7 @@ class Children:
             ]
         )
         self.started = []
+        self.programs = []
 
     def start(self, function, *args, **environment):
         place = self.folder / f"child{len(self.started)}"
@@ -82,6 +85,11 @@ class Children:
         process.start()
         self.started.append(process)
         return Child(process, place)
+
+    def program(self, command, **how):
+        """A command, as subprocess.Popen starts it; with all that it started it is gone when the test is over."""
+        self.programs.append(subprocess.Popen(command, start_new_session=True, **how))
+        return self.programs[-1]
 
     def ranks(self, ranks, function, *args):
         """One process a rank, with the variables that torchrun sets."""
@@ -137,6 +145,10 @@ def children(tmp_path):
     for process in children.started:
         process.kill()
         process.join()
+    for program in children.programs:
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+        program.communicate()
 
 
 def until(condition, timeout_s=30):

@@ -713,7 +713,7 @@ def test_sigterm_saves_the_step_and_leaves(where, references, shared_colours, tm
     sent = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 143, child.said()
-    assert time.monotonic() - sent < 10
+    assert time.monotonic() - sent < 30  # Slurm gives 30; the image would take 60
     found = re.search(r"stopped after step (\d+) of \d+, which is saved: go on with --resume", child.said())
     assert newest_checkpoint(out).step == int(found[1])
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
@@ -733,7 +733,7 @@ def test_a_second_sigterm_ends_it_at_once(shared_colours, tmp_path, children):
     sent = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 143
-    assert time.monotonic() - sent < 1
+    assert time.monotonic() - sent < 10  # the step would sleep for 60
     assert newest_checkpoint(out) is None
 
 
@@ -895,7 +895,7 @@ def test_a_hang_leaves_the_stacks_and_exit_code_4(where, shared_colours, tmp_pat
         if child.process.exitcode is not None:
             break
     assert child.wait() == HANG, child.said()
-    assert time.monotonic() - last < 2 + 2
+    assert time.monotonic() - last < 2 + 10  # 2 + 2 are promised on a machine that does nothing else
     stacks = (out / "stacks-rank0.txt").read_text()
     assert "nothing has moved for 2 s" in stacks
     assert " in asleep" in stacks  # in the reader's case it is the reader's stack
