@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo demo-detection test test-all test-gpu test-oldest lint loss-curve bench soak clean
+.PHONY: demo demo-detection test test-all test-gpu test-ray test-oldest lint loss-curve bench soak clean
 
 demo: $(STAMP)
 	$(BIN)/python -m lambdanets demo
@@ -22,13 +22,18 @@ $(NUCLEI): | $(STAMP)
 	touch $@
 
 test: $(STAMP)
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not ray"
 
 test-all: $(STAMP)
-	$(PYTEST) -n $(WORKERS) -m "not gpu"
+	$(PYTEST) -n $(WORKERS) -m "not gpu and not ray"
 
 test-gpu: $(STAMP)
 	$(PYTEST) -m gpu -W default
+
+# Ray is 260 MB, and nothing else needs it.
+test-ray: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ray]'
+	$(PYTEST) -m ray
 
 test-oldest:
 	printf 'torch==2.11.0\ntorchvision==0.26.0\nnumpy<2.4\n' > .constraints-oldest.txt
@@ -55,5 +60,5 @@ clean:
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lambdanets needs Python 3.11 or 3.12, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[digits,plots,stream,tensorboard,detection,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[digits,plots,stream,tensorboard,detection,pseudo,dev]'
 	touch $(STAMP)

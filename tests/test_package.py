@@ -27,7 +27,8 @@ ARROWS = {
     "training": "runs recipes data.order errors files untouched",
     "classification": "training models runs data recipes errors files",
     "detection": "training models layers runs data recipes errors files",
-    "commands": "classification detection training models runs data recipes errors files",
+    "pseudo_labels": "classification training models runs data recipes errors files",
+    "commands": "classification detection pseudo_labels training models runs data recipes errors files",
     "cli": "commands errors",
     "__main__": "cli",
 }
