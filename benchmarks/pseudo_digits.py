@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lambdanets.recipes.pseudo_labels import Mixture
 from scipy.stats import t as student_t
 
 from benchmarks.op import machine
@@ -55,7 +56,6 @@ from lambdanets.files import read_json, write_atomically
 from lambdanets.pseudo_labels import train as joint
 from lambdanets.pseudo_labels.selection import SELECTION_JSON
 from lambdanets.recipes.digits import digits as digits_recipe
-from lambdanets.recipes.pseudo_labels import Mixture
 from lambdanets.recipes.recipe import Options, Recipe
 
 LABELLED_A_CLASS = 10
