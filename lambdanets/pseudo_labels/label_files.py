@@ -80,11 +80,13 @@ def content_sha256(table: Any) -> str:
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
-        digest.update(f"{name} {column.type}\n".encode())
+        is_list = hasattr(column.type, "list_size")  # whose type is written in one way before a file, in another after
+        kind = f"{column.type.value_type} {column.type.list_size}" if is_list else str(column.type)
+        digest.update(f"{name} {kind}\n".encode())
         if name == "error":
             digest.update(json.dumps(column.to_pylist()).encode())
         else:
-            values = column.flatten() if hasattr(column.type, "list_size") else column
+            values = column.flatten() if is_list else column
             array = values.to_numpy(zero_copy_only=False)
             digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
