@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 
 from lambdanets.data.images import CHUNK_IMAGES
-from lambdanets.data.shards import array, sha256_of
+from lambdanets.data.index_files import array, sha256_of
 from lambdanets.errors import BadData, DiskFault, printable, some
 from lambdanets.files import field, json_object, read_file
 from lambdanets.runs.record import strings

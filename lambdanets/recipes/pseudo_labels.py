@@ -57,7 +57,7 @@ class Mixture:
 
     def fits(self, images: int) -> int:
         """The largest batch_images whose labelled part is at most so many; 1 where none is."""
-        size = 1 + int(images * (1 + self.ratio) + 1)
+        size = int((images + 0.5) * (1 + self.ratio)) + 2
         while size > 1 and self.labelled(size) > images:
             size -= 1
         return size

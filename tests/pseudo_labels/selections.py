@@ -42,7 +42,8 @@ def a_selection(folder, shards, **changes):
     rows = np.arange(15)
     label = rows % 3
     second = (label + 1) % 3
-    prob = np.stack([0.6 + rows / 50, 0.2 + rows / 200], axis=1)
+    first = 0.6 + rows / 50
+    prob = np.stack([first, (1 - first) / 2], axis=1)
     row = np.sort(np.concatenate([rows, [0, 3, 4, 7, 8, 11]]))  # two copies of some, in each class seven draws
     columns = {"id": rows + rows // 3, "label": label, "top_class": np.stack([label, second], axis=1), "top_prob": prob}
     changes = {"classes": ["blue", "green", "red"], **changes}
