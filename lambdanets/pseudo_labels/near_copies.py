@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -207,7 +208,7 @@ class Looks:
         self._looks = known["look_hash"].astype(np.uint64)
         shaped = np.flatnonzero(_shaped(self._looks))
         edges = [64 * band // (bits + 1) for band in range(bits + 2)]
-        self._bands = [self._band(shaped, low, high - low) for low, high in zip(edges, edges[1:], strict=False)]
+        self._bands = [self._band(shaped, low, high - low) for low, high in itertools.pairwise(edges)]
 
     def _band(self, shaped: np.ndarray[Any, Any], low: int, width: int) -> tuple[int, int, Any, Any]:
         key = _key(self._looks[shaped], low, width)

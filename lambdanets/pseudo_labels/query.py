@@ -149,7 +149,7 @@ def _connected(rows: LabelRows, spill: Path, memory_gb: float, threads: int) -> 
     need("duckdb", "pseudo", "it selects among the labels")
     import duckdb
 
-    how = {
+    how: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{memory_gb * 1000:.0f}MB",
         "temp_directory": str(spill),
         "threads": threads,

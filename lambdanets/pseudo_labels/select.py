@@ -21,11 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from lambdanets.data.archive import check_source, join
 from lambdanets.data.images import Images
+from lambdanets.data.shards import ShardImages, open_pictures
 from lambdanets.data.source import absolute, open_source
 from lambdanets.errors import BadData, printable, some
 from lambdanets.files import placed, present, read_json, write_json
-from lambdanets.pseudo_labels.label_rows import LabelRows
+from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, arrow, read_labels
+from lambdanets.pseudo_labels.label_rows import LabelRows, label_rows, on_this_machine
 from lambdanets.pseudo_labels.near_copies import HASHED, MOST_BITS, Copies, Joined, Pair, confirmed, copies, hashed
 from lambdanets.pseudo_labels.query import RULES, Choice, choose
 from lambdanets.pseudo_labels.selection import FORMAT, SELECTION_JSON
@@ -115,8 +118,9 @@ class Selected:
         held = self.held
         classes = held["counts"]["classes"]
         full = sum(of["draws"] > 0 for of in classes)
-        said = f"{self.place}: {held['draws']:,} draws of {held['rows']:,} pictures for {full:,} of {len(classes):,} classes"
-        said += f", up to {held['per_class']:,} a class; {held['counts']['labelled']:,} were labelled"
+        said = f"{self.place}: {held['draws']:,} draws of {held['rows']:,} pictures"
+        said += f" for {full:,} of {len(classes):,} classes, up to {held['per_class']:,} a class"
+        said += f"; {held['counts']['labelled']:,} were labelled"
         if left := [f"{n:,} {why.replace('_', ' ')}" for why, n in held["excluded"].items() if n]:
             said += f"; left out: {', '.join(left)}"
         if held["exclude"]:
@@ -142,6 +146,63 @@ class Source:
     pictures_at: dict[str, str]
 
 
+def select(
+    labels: str | Path,
+    out: str | Path,
+    asked: Asked,
+    *,
+    exclude: Sequence[str] = (),
+    pictures: str | None = None,
+    allow_sources: Sequence[str] = (),
+    memory_gb: float = MEMORY_GB,
+    threads: int | None = None,
+    workers: int = 0,
+) -> Selected:
+    """Selects among the labels of a folder or URL; writes a folder, see selection.py.
+
+    exclude    data sets whose held-out pictures, and copies of them, are left out; DATA:all: its training ones, too
+    pictures   where the shards that were labelled are now; None: where they were then
+    memory_gb  what DuckDB may take for its tables; beside them 16 bytes a picture are needed
+    threads    that read and select; None: one a processor. The result does not depend on them, nor on workers
+    workers    processes that read pictures: those of `exclude`, and what may be a copy of them
+    Raises BadData: labels or shards that are missing, damaged or of another plan; nothing to select; a target that
+    holds something else, or a full disk: the same call then goes on. BadRun: another process writes there.
+    """
+    arrow()
+    labels, out = absolute(labels), Path(out)
+    held = read_labels(labels)
+    images = _labelled_pictures(held, pictures, allow_sources)
+    opened = [HeldOut.open(data, allow_sources) for data in exclude]
+    threads = threads or len(os.sched_getaffinity(0))
+    with _folder(out):
+        here = on_this_machine(held, out / _LABELS, threads)
+        source = Source(
+            label_rows(here, images.shards, threads),
+            labels,
+            images,
+            {"source": absolute(pictures or held.places["data"]), "fingerprint": images.fingerprint()},
+        )
+        return _Job(source, out, asked, opened).done(memory_gb, threads, workers)
+
+
+def _labelled_pictures(labels: Labels, pictures: str | None, allow_sources: Sequence[str]) -> ShardImages:
+    """The shards that were labelled, where they are now. Raises BadData."""
+    place = pictures
+    if place is None:
+        place = labels.places.get("data")
+        if not isinstance(place, str):
+            raise BadData(f"{labels.home} does not say where the shards are: give --data SHARDS")
+        check_source(place, (labels.home, *allow_sources), join(labels.home, LABELS_JSON))
+    images = open_pictures(place, allow_sources=allow_sources)
+    asked = labels.plan["data"]["fingerprint"]
+    if images.fingerprint() != asked:
+        remedy = "give the shards that were labelled, with --data"
+        raise BadData(
+            f"{place} has the fingerprint {images.fingerprint()[:16]}, and {labels.home} {asked[:16]}: {remedy}"
+        )
+    return images
+
+
 def select_from(
     source: Source,
     out: Path,
@@ -149,16 +210,35 @@ def select_from(
     exclude: Sequence[HeldOut] = (),
     *,
     memory_gb: float = MEMORY_GB,
-    threads: int | None = None,
+    threads: int = 1,
     workers: int = 0,
 ) -> Selected:
-    """Writes the selection to `out`, or finishes what was begun there. Raises BadData, BadRun."""
-    job = _Job(source, out, asked, exclude)
-    threads = threads or len(os.sched_getaffinity(0))
-    with job.open() as finished:
-        if finished is None:
-            finished = job.run(memory_gb, threads, workers)
-    return Selected(str(out), finished)
+    """`select`, of what is opened already."""
+    with _folder(out):
+        return _Job(source, out, asked, exclude).done(memory_gb, threads, workers)
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """The target folder, held for this process. Raises BadData with a remedy where the disk does not take something."""
+    from lambdanets.runs.lock import locked, unlock
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not present(out / ".lock") and (held := sorted(os.listdir(out))):
+            raise BadData(f"{out} is not empty (it holds {held[0]}): name a new folder")
+        file = locked(out)
+        try:
+            shutil.rmtree(out / _SPILL, ignore_errors=True)
+            yield
+        finally:
+            shutil.rmtree(out / _SPILL, ignore_errors=True)
+            unlock(file)
+    except OSError as error:
+        free = shutil.disk_usage(out).free if out.is_dir() else 0
+        remedy = "free space or choose another place, and give the same command: what is finished is kept"
+        where = f"{error.filename or out} cannot be written: {error.strerror or error}, {free:,} bytes are free there"
+        raise BadData(f"{where}; {remedy}") from error
 
 
 class _Job:
@@ -182,31 +262,16 @@ class _Job:
             **dataclasses.asdict(asked),
         }
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[dict[str, Any] | None]:
-        """The folder, held for this process; what selection.json says if all is done."""
-        from lambdanets.runs.lock import locked
-
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not present(self.out / ".lock") and (held := sorted(os.listdir(self.out))):
-                raise BadData(f"{self.out} is not empty (it holds {held[0]}): name a new folder")
-            with locked(self.out):
-                finished = self._finished()
-                if finished is None:
-                    shutil.rmtree(self.out / _SPILL, ignore_errors=True)
-                yield finished
-                for left in self.out.glob(".*"):
-                    if left.name in (_SPILL, _LABELS):
-                        shutil.rmtree(left, ignore_errors=True)
-                    elif left.name != ".lock":
-                        left.unlink(missing_ok=True)
-        except OSError as error:
-            where = error.filename or self.out
-            remedy = "free space or choose another place, and give the same command: what is finished is kept"
-            raise BadData(f"{where} cannot be written: {error.strerror or error}; {remedy}") from error
-        finally:
-            shutil.rmtree(self.out / _SPILL, ignore_errors=True)
+    def done(self, memory_gb: float, threads: int, workers: int) -> Selected:
+        held = self._finished()
+        if held is None:
+            held = self._run(memory_gb, threads, workers)
+        for left in self.out.glob(".*"):
+            if left.name == _LABELS:
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.is_file() and left.name != ".lock":
+                left.unlink(missing_ok=True)
+        return Selected(str(self.out), held)
 
     def _finished(self) -> dict[str, Any] | None:
         if not present(self.out / SELECTION_JSON):
@@ -226,12 +291,21 @@ class _Job:
 
     def _kept(self, what: str, *depends_on: str) -> Path:
         """The file in which a finished part is kept; its name says what it was made of."""
-        key = hashlib.sha256(json.dumps([self.request[name] for name in depends_on]).encode()).hexdigest()
+        # A damaged file that was labelled again has the content that its footer told before: its time differs.
+        found = [os.stat(file.path) for file in self.rows.files]
+        stamps = [(of.st_size, of.st_mtime_ns) for of in found]
+        key = hashlib.sha256(json.dumps([stamps, *(self.request[name] for name in depends_on)]).encode()).hexdigest()
         return self.out / f".{what}-{key[:16]}"
 
-    def run(self, memory_gb: float, threads: int, workers: int) -> dict[str, Any]:
+    def _run(self, memory_gb: float, threads: int, workers: int) -> dict[str, Any]:
         lines, choice, repeated = self._chosen(memory_gb, threads, workers)
-        columns = written_columns(self.rows, choice, self.out, self.asked.rule, self.asked.max_copies, threads)
+        try:
+            columns = written_columns(self.rows, choice, self.out, self.asked.rule, self.asked.max_copies, threads)
+        except BadData:  # what was made of damaged files is of no use, nor are copies of those
+            for left in (*self.out.glob(".copies-*"), *self.out.glob(".choice-*")):
+                left.unlink()
+            shutil.rmtree(self.out / _LABELS, ignore_errors=True)
+            raise
         with placed(self.out / EXCLUDED) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         labels = self.request["labels"] | {"source": self.source.place, "plan": self.rows.labels.plan}
@@ -312,7 +386,8 @@ class _Job:
     def _held_out_hashes(self, workers: int) -> np.ndarray[Any, Any]:
         parts = [np.zeros(0, HASHED)]
         for images in _known(self.exclude).sets:
-            kept = self.out / f".hashes-{hashlib.sha256(images.fingerprint().encode()).hexdigest()[:16]}"
+            key = json.dumps([images.fingerprint(), images.stamp()])
+            kept = self.out / f".hashes-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
             if present(kept):
                 parts.append(np.load(kept, allow_pickle=False))
                 continue
@@ -323,7 +398,6 @@ class _Job:
 
     def _lines(self, found: Copies, workers: int) -> list[dict[str, Any]]:
         """A line a copy of a held-out picture, by id."""
-        assert self.source.pictures is not None or not self.exclude
         known = _known(self.exclude)
         names = [(of.source, part, images) for of in self.exclude for part, images in of.parts()]
         lines = []
@@ -376,8 +450,8 @@ def warnings_of(rows: LabelRows, asked: Asked, choice: Choice, columns: Columns)
             share = f"{total:,} of {len(rows):,} pictures ({total / len(rows):.1%})"
             told.append(f"only {share} may be taken: the teacher is unsure, or --confidence is high")
         bound = max(_LARGE_FRAC, min(2 / len(names), 0.9))  # twice its share, where there are few classes
-        share = choice.candidates / total
-        large = [f"{names[at]} ({share[at]:.1%})" for at in np.argsort(-share, kind="stable") if share[at] > bound]
+        shares = choice.candidates / total
+        large = [f"{names[at]} ({shares[at]:.1%})" for at in np.argsort(-shares, kind="stable") if shares[at] > bound]
         if large:
             told.append(f"one class has an outsized share of the candidates: {some(large)}; the teacher may be broken")
     medians = {name: of["median_doubt"] for name, of in zip(names, columns.classes, strict=True) if of["rows"]}

@@ -129,7 +129,7 @@ def _parts(
     yield f'<div class="pictures">{"".join(_figure(one, names, pictures) for one in doubtful)}</div>'
     near = [line for line in lines if line["reason"].endswith("near")]
     if near:
-        yield f"<h2>Copies of held-out pictures that were left out: {len(near):,}, the first {min(len(near), _PAIRS)}</h2>"
+        yield f"<h2>Copies that were left out: {len(near):,} by their looks, the first {min(len(near), _PAIRS)}</h2>"
         shown = "".join(_pair(line, pictures, known) for line in near[:_PAIRS])
         yield f'<div class="pictures pair">{shown}</div>'
     yield "<h2>Left out</h2>"
@@ -149,10 +149,10 @@ def _classes(held: dict[str, Any]) -> Iterator[str]:
     if left_out > 0:
         yield f"<p>Those of most and of fewest pictures; {left_out:,} between them are in selection.json.</p>"
     heads = ["class", "candidates", "pictures", "draws", "median doubt"]
-    shown = [
-        [name, *(f"{of[key]:,}" for key in ("candidates", "rows", "draws")), f"{of['median_doubt']:.3g}" if of["rows"] else ""]
-        for name, of in rows
-    ]  # fmt: skip
+    shown = []
+    for name, of in rows:
+        median = f"{of['median_doubt']:.3g}" if of["rows"] else ""
+        shown.append([name, *(f"{of[key]:,}" for key in ("candidates", "rows", "draws")), median])
     yield pages.grid(heads, shown, texts=1)
 
 

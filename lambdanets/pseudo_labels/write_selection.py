@@ -44,7 +44,7 @@ class Columns(NamedTuple):
     copies      how often a row is drawn -> rows
     doubtful    the rows of the largest doubt, that first
     unreadable  pictures that could not be labelled
-    sha256      file -> of its bytes
+    sha256      column -> of the bytes of its file
     """
 
     rows: int
@@ -139,7 +139,7 @@ def written_columns(rows: LabelRows, choice: Choice, out: Path, rule: str, max_c
         )
     ]
     copied = {str(n): count for n, count in sorted(tally.copies.items())}
-    sha256 = {f"{name}.npy": of.sha256() for name, of in columns.items()}
+    sha256 = {name: of.sha256() for name, of in columns.items()}
     return Columns(
         done, tally.draws, classes, tally.confidence.tolist(), copied, tally.doubtful(), tally.unreadable, sha256
     )
