@@ -40,7 +40,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lambdanets.recipes.pseudo_labels import Mixture
 from scipy.stats import t as student_t
 
 from benchmarks.op import machine
@@ -49,17 +48,19 @@ from lambdanets.classification.run import open_run
 from lambdanets.classification.scores import evaluate
 from lambdanets.cli import main as command
 from lambdanets.data.batches import Batches
+from lambdanets.data.index_files import sha256_of
 from lambdanets.data.order import Order
-from lambdanets.data.shards import open_pictures, sha256_of
+from lambdanets.data.shards import open_pictures
 from lambdanets.data.sklearn_digits import digits
 from lambdanets.files import read_json, write_atomically
 from lambdanets.pseudo_labels import train as joint
 from lambdanets.pseudo_labels.selection import SELECTION_JSON
 from lambdanets.recipes.digits import digits as digits_recipe
+from lambdanets.recipes.pseudo_labels import Mixture
 from lambdanets.recipes.recipe import Options, Recipe
 
 LABELLED_A_CLASS = 10
-STEPS, BATCH_IMAGES = 200, 32
+STEPS, BATCH_IMAGES = 150, 32
 DRAWS_A_CLASS, CONFIDENCE = 160, 0.3
 PILOT_SEEDS = range(100, 105)
 ALL = str(10_000)  # draws a class, more than there are scans
