@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lambdanets.data.archive import STREAM
-from lambdanets.data.shards import ShardImages, open_pictures
+from lambdanets.data.shards import ShardImages, is_shards, open_pictures
 from lambdanets.data.source import absolute
 from lambdanets.errors import BadData, BadRecipe, BadRun, printable, some
 from lambdanets.files import to_stderr
@@ -221,6 +221,9 @@ class Labeller:
 def _pictures(wishes: Wishes) -> ShardImages:
     """Each shard is compared when it is read; label files of two shards must not have one name."""
     where = wishes.data.removeprefix(STREAM)  # shards are read whole in any case
+    if not is_shards(where):
+        remedy = "lambdanets pack FOLDER OUT --unlabelled makes one of a folder, index --unlabelled of archives"
+        raise BadData(f"{printable(where)} is no data set of shards, it has no manifest.json: {remedy}")
     images = open_pictures(where, allow_sources=wishes.allow_sources, look_at_shards=False)
     seen: dict[str, str] = {}
     for shard in images.shards:
