@@ -32,6 +32,7 @@ from lambdanets.training.watchdog import Interrupted, Watchdog
 
 TOP = 10
 HANG_TIMEOUT_S = 1800.0
+_MOST_THREADS = 1024
 AGAIN = "the same command goes on, finished shards are kept"
 
 
@@ -82,6 +83,8 @@ class Labelled:
     failed: dict[str, str] = field(default_factory=dict)
     elsewhere: int = 0
     """Shards that other processes did meanwhile."""
+    processes: dict[str, int] = field(default_factory=dict)
+    """On a cluster: machine/process -> how often it loaded the teacher."""
 
     def __str__(self) -> str:
         done = self.before + len(self.did) + self.elsewhere
@@ -89,7 +92,8 @@ class Labelled:
         if not self.did:
             return f"{lines}; there was nothing to do" if done == self.shards else lines
         pictures, bad = (sum(of[i] for of in self.did.values()) for i in (0, 1))
-        lines += f", {len(self.did):,} of them now: {pictures:,} images"
+        by = f" by {len(self.processes):,} processes" if self.processes else ""
+        lines += f", {len(self.did):,} of them now{by}: {pictures:,} images"
         return lines + (f"; {bad:,} of these cannot be read, their rows say why" if bad else "")
 
 
@@ -105,11 +109,16 @@ class Labeller:
     """One process's teacher, pictures and plan; it labels the shards that it is told.
 
     start_method  of the processes that read; None, the system's own
+    cpu_threads   where no process has begun yet and a CPU labels; None: as many as torch has
     Raises what `open_teacher` and `open_pictures` raise; BadData where labels of another plan lie in `wishes.out`.
     """
 
-    def __init__(self, wishes: Wishes, *, device: torch.device, start_method: str | None = None) -> None:
+    def __init__(
+        self, wishes: Wishes, *, device: torch.device, start_method: str | None = None, cpu_threads: int | None = None
+    ) -> None:
         self.wishes, self.device = wishes, device
+        self._closing = ExitStack()
+        self._use(cpu_threads)
         self.teacher = open_teacher(wishes.teacher, classes_file=wishes.classes_file)
         self.images = _pictures(wishes)
         self.precision = wishes.precision
@@ -121,7 +130,6 @@ class Labeller:
         self.labels = Labels(wishes.out, self._plan(), places, self.versions)
         self._start_method = start_method
         self._opened: ShardReader | None = None
-        self._closing = ExitStack()
 
     def _plan(self) -> dict[str, Any]:
         images = self.images
@@ -130,6 +138,7 @@ class Labeller:
             "data": {"fingerprint": images.fingerprint(), "shards": len(images.shards), "samples": len(images)},
             "batch_images": self.batch_images,
             "precision": self.precision,
+            "cpu_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "fused": True,
             "top": min(self.wishes.top, len(self.teacher.classes)),
             "hashes": self.wishes.hashes,
@@ -137,8 +146,22 @@ class Labeller:
         }
 
     def begin(self) -> None:
-        """The plan is in the folder, or what is there is refused; see `label_files.begin`."""
-        label_files.begin(self.labels)
+        """The plan is in the folder, or what is there is refused with each field that differs.
+
+        On a CPU the last bits of a sum depend on how many threads share it (measured: lambda_resnet50 at 96 px), and
+        torchrun and Ray choose that number; so it is the first process's, and the others take it over.
+        """
+        held = label_files.begin(self.labels)
+        threads = held.plan.get("cpu_threads")
+        if self.device.type == "cpu" and type(threads) is int and 1 <= threads <= _MOST_THREADS:
+            self._use(threads)
+            self.labels = replace(self.labels, plan=self._plan())
+        label_files.check_plan(held, self.labels)
+
+    def _use(self, threads: int | None) -> None:
+        if threads is not None and self.device.type == "cpu":
+            self._closing.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
 
     def close(self) -> None:
         """Ends the processes that read."""
@@ -350,7 +373,7 @@ def label(
     it, the same call goes on; a file of labels is there whole, or not at all.
     """
     ranks = Ranks()  # which one this is; they need not meet
-    _check(wishes, part)
+    check(wishes, part)
     with Watchdog(hang_timeout_s=wishes.hang_timeout_s, again=AGAIN) as watch:
         with watch.working():
             labeller = Labeller(_absolute(wishes), device=choose_device(wishes.device, ranks))
@@ -428,7 +451,8 @@ def _absolute(wishes: Wishes) -> Wishes:
     return replace(wishes, data=absolute(wishes.data), out=absolute(wishes.out))
 
 
-def _check(wishes: Wishes, part: tuple[int, int] | None) -> None:
+def check(wishes: Wishes, part: tuple[int, int] | None) -> None:
+    """Raises BadRecipe for what cannot be meant; BadRun where pyarrow is missing."""
     label_files.arrow()
     if part is not None and not 0 <= part[0] < part[1]:
         raise BadRecipe(f"--part {part[0]}/{part[1]}: the parts of N are 0/N to {part[1] - 1}/{part[1]}")

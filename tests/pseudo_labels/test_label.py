@@ -204,6 +204,20 @@ def test_a_rank_begins_with_its_own_and_takes_what_is_missing_from_another_place
     assert list(missing_ones(range(4), set(), lambda: {0, 1, 2, 3}, rank=0, ranks=2)) == [0, 2]
 
 
+def test_the_number_of_threads_is_that_of_the_first_process_since_bits_depend_on_it(data, teacher, tmp_path):
+    out = tmp_path / "out"
+    try:
+        torch.set_num_threads(2)
+        label(wishes(teacher, data, out), part=(0, 6))
+        torch.set_num_threads(1)
+        label(wishes(teacher, data, out), part=(1, 6))
+        assert torch.get_num_threads() == 1  # given back
+    finally:
+        torch.set_num_threads(1)
+    assert read_labels(out).plan["cpu_threads"] == 2
+    assert len(contents(out)) == 2
+
+
 def test_parts_are_disjoint_together_all_and_steal_nothing(made, data, teacher, tmp_path):
     out, names = tmp_path / "out", [file_of(shard["name"]) for shard in manifest(data)]
     for part in range(4):

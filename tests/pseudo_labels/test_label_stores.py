@@ -196,7 +196,7 @@ def test_of_two_that_begin_at_once_one_writes_and_both_read_the_same(store, made
         assert label_files.begin(also).places == {"teacher": "a"}
         another = label_files.Labels(str(tmp_path / "new"), {**held.plan, "top": 3}, {}, held.versions)
         with pytest.raises(BadData, match="top was 5, and is 3"):
-            label_files.begin(another)
+            label_files.check_plan(label_files.begin(another), another)
     finally:
         label_files._is_there = there
     assert os.listdir(tmp_path / "new") == ["labels.json"]
