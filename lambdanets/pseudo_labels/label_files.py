@@ -290,7 +290,8 @@ def finished(home: str) -> set[str]:
 
         sizes = on_disk(home, listed)
     else:
-        entries = retried(home, lambda: found.ls(path, detail=True, refresh=True))
+        found.invalidate_cache(path)  # else a store's client may tell what it was told before
+        entries = retried(home, lambda: found.ls(path, detail=True))
         sizes = [(str(e["name"]).rpartition("/")[2], int(e.get("size") or 0)) for e in entries]
     return {name for name, size in sizes if name.endswith(SUFFIX) and name[0] != "." and size >= _LEAST_BYTES}
 

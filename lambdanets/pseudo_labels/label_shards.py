@@ -196,7 +196,7 @@ class Labeller:
         self, numbers: Iterator[int], watch: Watchdog
     ) -> Iterator[tuple[Part | ShardFailed, np.ndarray[Any, np.dtype[np.float32]] | None]]:
         """Each batch with its logits. A GPU computes a batch while the one before is put down."""
-        waiting: list[tuple[Part, torch.Tensor | None]] = []
+        waiting: list[tuple[Part, _Answer | None]] = []
         parts = self._reader().parts(numbers)
         while True:
             watch.beat()
@@ -206,19 +206,17 @@ class Labeller:
             except Interrupted:
                 raise watch.stopped(f"interrupted: {AGAIN}") from None
             if isinstance(part, Part):
-                waiting.append((part, self._logits(part.images)))
+                waiting.append((part, _Answer(self._logits(part.images)) if len(part.images) else None))
             while len(waiting) > (1 if isinstance(part, Part) else 0):
-                before, logits = waiting.pop(0)
-                yield before, None if logits is None else logits.float().cpu().numpy()
+                before, answer = waiting.pop(0)
+                yield before, None if answer is None else answer.logits()
             if part is None:
                 return
             if isinstance(part, ShardFailed):
                 yield part, None
 
     @torch.inference_mode()
-    def _logits(self, images: torch.Tensor) -> torch.Tensor | None:
-        if not len(images):
-            return None
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         half = self.precision == "bfloat16"
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -239,6 +237,25 @@ class Labeller:
             )  # fmt: skip
             self._opened = self._closing.enter_context(reader)
         return self._opened
+
+
+class _Answer:
+    """Logits on their way to the host. On a GPU the copy follows its own batch, not the next one, which is begun."""
+
+    def __init__(self, found: torch.Tensor) -> None:
+        on_gpu = found.device.type == "cuda"
+        self._host = torch.empty(found.shape, dtype=torch.float32, pin_memory=on_gpu)
+        with torch.inference_mode():
+            self._host.copy_(found, non_blocking=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def logits(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(pictures, classes) float32, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.numpy()
 
 
 def _pictures(wishes: Wishes) -> ShardImages:
@@ -283,10 +300,8 @@ class _Collected:
             of = self._of
             index = int(of.images.first_images[self.number]) + int(good[wrong[0]])
             name = printable(of.images.called(index, part.members[int(good[wrong[0]]) - part.first]))
-            remedy = (
-                "--precision float32, into another --out, may help" if of.precision != "float32" else "see the teacher"
-            )
-            return f"the teacher's logits of {name} are not finite (and of {len(wrong) - 1:,} more): {remedy}"
+            remedy = "" if of.precision == "float32" else ": --precision float32, into another --out, may help"
+            return f"the teacher's logits of {name} are not finite, and of {len(wrong) - 1:,} more in its batch{remedy}"
         rows = rows_of(logits, self._rows.top_class.shape[1])
         for name, values in rows._asdict().items():
             getattr(self._rows, name)[good] = values

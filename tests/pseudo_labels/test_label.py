@@ -156,6 +156,18 @@ def test_bfloat16_is_asked_for_by_the_plan_and_gives_other_bits(made, data, teac
     assert np.abs(half - full).max() < 0.15
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_labels_near_those_of_a_cpu(made, data, teacher, tmp_path):
+    asked = dataclasses.replace(wishes(teacher, data, tmp_path / "out", precision="float32"), device="cuda")
+    label(asked)
+    assert read_labels(tmp_path / "out").plan["cpu_threads"] is None
+    for shard in manifest(data):
+        here, there = (
+            np.array(table(of, shard["name"]).column("doubt").to_pylist()) for of in (made, tmp_path / "out")
+        )
+        assert np.abs(here - there).max() < 1e-3
+
+
 def test_fewer_classes_and_no_hashes_are_kept_where_that_is_asked(data, teacher, tmp_path, made):
     label(wishes(teacher, data, tmp_path / "few", top=2, hashes=False))
     name = manifest(data)[0]["name"]
@@ -609,6 +621,16 @@ def test_arguments_that_cannot_be_meant_are_refused(data, teacher, tmp_path, cap
     with pytest.raises(BadRecipe):
         label(wishes(teacher, data, tmp_path / "out"), part=(4, 4))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("classes", "bits"), [(32_767, 16), (32_768, 32)])
+def test_more_classes_than_sixteen_bits_hold_take_thirty_two(classes, bits, tmp_path):
+    import pyarrow as pa
+
+    kind = pa.int16() if bits == 16 else pa.int32()
+    columns = label_files.schema(classes=classes, top=10, hashes=True)
+    assert columns.field("class").type == kind
+    assert columns.field("top_class").type.value_type == kind
 
 
 def test_the_digest_of_a_plan_is_kept_beside_it(made):
