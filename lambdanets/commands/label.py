@@ -73,7 +73,10 @@ def run(given: Namespace) -> int:
         raise BadRecipe("label needs a teacher and images: lambdanets label RUN --data SHARDS --out LABELS")
     if given.engine == "none" and given.address is not None:
         raise BadRecipe(f"--address {given.address} is of a Ray cluster: add --engine ray, or leave it out")
-    if given.engine == "ray" and (part is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+
+    from lambdanets.training.distributed import Ranks
+
+    if given.engine == "ray" and (part is not None or Ranks().ranks > 1):
         raise BadRecipe("--engine ray divides the shards itself: leave --part out, and start it once, without torchrun")
 
     from lambdanets.pseudo_labels.label_shards import Wishes, label, refuse_undone

@@ -111,7 +111,8 @@ class Labels:
 
     home      the folder or URL
     plan      what decides every value: {teacher: {source, weights_sha256, model, view, classes}, data: {fingerprint,
-              shards, samples}, batch_images, precision, fused, top, hashes, softmax}; no place that may move is in it
+              shards, samples}, batch_images, precision, cpu_threads, fused, top, hashes, softmax}; no place that may
+              move is in it
     places    where teacher and data lay: {teacher, data, allow_sources}
     versions  of the packages that began it
     """
@@ -186,10 +187,10 @@ def _labels(home: str, where: str, content: bytes) -> Labels:
 
 
 def begin(wanted: Labels) -> Labels:
-    """Writes labels.json where there is none; else reads what is there, which must have the same plan.
+    """Writes labels.json where there is none, and reads what is there then; `check_plan` compares the two.
 
-    Of several processes that begin at once one writes. Raises BadData: another plan, with each field that differs; a
-    place that holds something else; a disk that takes nothing.
+    Of several processes that begin at once one writes. Raises BadData: a place that holds something else; a disk that
+    takes nothing.
     """
     home = wanted.home
     _, path, local = filesystem(home)
@@ -201,9 +202,7 @@ def begin(wanted: Labels) -> Labels:
                 _send(home, LABELS_JSON, wanted.json(), exclusive=True)
         except OSError as error:
             raise BadData(_not_written(join(home, LABELS_JSON), wanted.json(), error)) from error
-    held = read_labels(home)  # of a store that let two begin at once, the last one's
-    check_plan(held, wanted)
-    return held
+    return read_labels(home)  # of a store that let two begin at once, the last one's
 
 
 def check_plan(held: Labels, wanted: Labels) -> None:
@@ -291,7 +290,8 @@ def finished(home: str) -> set[str]:
 
         sizes = on_disk(home, listed)
     else:
-        entries = retried(home, lambda: found.ls(path, detail=True, refresh=True))
+        found.invalidate_cache(path)  # else a store's client may tell what it was told before
+        entries = retried(home, lambda: found.ls(path, detail=True))
         sizes = [(str(e["name"]).rpartition("/")[2], int(e.get("size") or 0)) for e in entries]
     return {name for name, size in sizes if name.endswith(SUFFIX) and name[0] != "." and size >= _LEAST_BYTES}
 

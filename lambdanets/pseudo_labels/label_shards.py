@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lambdanets.data.archive import STREAM
-from lambdanets.data.shards import ShardImages, open_pictures
+from lambdanets.data.shards import ShardImages, is_shards, open_pictures
 from lambdanets.data.source import absolute
 from lambdanets.errors import BadData, BadRecipe, BadRun, printable, some
 from lambdanets.files import to_stderr
@@ -32,6 +32,7 @@ from lambdanets.training.watchdog import Interrupted, Watchdog
 
 TOP = 10
 HANG_TIMEOUT_S = 1800.0
+_MOST_THREADS = 1024
 AGAIN = "the same command goes on, finished shards are kept"
 
 
@@ -82,6 +83,8 @@ class Labelled:
     failed: dict[str, str] = field(default_factory=dict)
     elsewhere: int = 0
     """Shards that other processes did meanwhile."""
+    processes: dict[str, int] = field(default_factory=dict)
+    """On a cluster: machine/process -> how often it loaded the teacher."""
 
     def __str__(self) -> str:
         done = self.before + len(self.did) + self.elsewhere
@@ -89,7 +92,8 @@ class Labelled:
         if not self.did:
             return f"{lines}; there was nothing to do" if done == self.shards else lines
         pictures, bad = (sum(of[i] for of in self.did.values()) for i in (0, 1))
-        lines += f", {len(self.did):,} of them now: {pictures:,} images"
+        by = f" by {len(self.processes):,} processes" if self.processes else ""
+        lines += f", {len(self.did):,} of them now{by}: {pictures:,} images"
         return lines + (f"; {bad:,} of these cannot be read, their rows say why" if bad else "")
 
 
@@ -105,11 +109,16 @@ class Labeller:
     """One process's teacher, pictures and plan; it labels the shards that it is told.
 
     start_method  of the processes that read; None, the system's own
+    cpu_threads   where no process has begun yet and a CPU labels; None: as many as torch has
     Raises what `open_teacher` and `open_pictures` raise; BadData where labels of another plan lie in `wishes.out`.
     """
 
-    def __init__(self, wishes: Wishes, *, device: torch.device, start_method: str | None = None) -> None:
+    def __init__(
+        self, wishes: Wishes, *, device: torch.device, start_method: str | None = None, cpu_threads: int | None = None
+    ) -> None:
         self.wishes, self.device = wishes, device
+        self._closing = ExitStack()
+        self._use(cpu_threads)
         self.teacher = open_teacher(wishes.teacher, classes_file=wishes.classes_file)
         self.images = _pictures(wishes)
         self.precision = wishes.precision
@@ -121,7 +130,6 @@ class Labeller:
         self.labels = Labels(wishes.out, self._plan(), places, self.versions)
         self._start_method = start_method
         self._opened: ShardReader | None = None
-        self._closing = ExitStack()
 
     def _plan(self) -> dict[str, Any]:
         images = self.images
@@ -130,6 +138,7 @@ class Labeller:
             "data": {"fingerprint": images.fingerprint(), "shards": len(images.shards), "samples": len(images)},
             "batch_images": self.batch_images,
             "precision": self.precision,
+            "cpu_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "fused": True,
             "top": min(self.wishes.top, len(self.teacher.classes)),
             "hashes": self.wishes.hashes,
@@ -137,8 +146,22 @@ class Labeller:
         }
 
     def begin(self) -> None:
-        """The plan is in the folder, or what is there is refused; see `label_files.begin`."""
-        label_files.begin(self.labels)
+        """The plan is in the folder, or what is there is refused with each field that differs.
+
+        On a CPU the last bits of a sum depend on how many threads share it (measured: lambda_resnet50 at 96 px), and
+        torchrun and Ray choose that number; so it is the first process's, and the others take it over.
+        """
+        held = label_files.begin(self.labels)
+        threads = held.plan.get("cpu_threads")
+        if self.device.type == "cpu" and type(threads) is int and 1 <= threads <= _MOST_THREADS:
+            self._use(threads)
+            self.labels = replace(self.labels, plan=self._plan())
+        label_files.check_plan(held, self.labels)
+
+    def _use(self, threads: int | None) -> None:
+        if threads is not None and self.device.type == "cpu":
+            self._closing.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
 
     def close(self) -> None:
         """Ends the processes that read."""
@@ -173,7 +196,7 @@ class Labeller:
         self, numbers: Iterator[int], watch: Watchdog
     ) -> Iterator[tuple[Part | ShardFailed, np.ndarray[Any, np.dtype[np.float32]] | None]]:
         """Each batch with its logits. A GPU computes a batch while the one before is put down."""
-        waiting: list[tuple[Part, torch.Tensor | None]] = []
+        waiting: list[tuple[Part, _Answer | None]] = []
         parts = self._reader().parts(numbers)
         while True:
             watch.beat()
@@ -183,19 +206,17 @@ class Labeller:
             except Interrupted:
                 raise watch.stopped(f"interrupted: {AGAIN}") from None
             if isinstance(part, Part):
-                waiting.append((part, self._logits(part.images)))
+                waiting.append((part, _Answer(self._logits(part.images)) if len(part.images) else None))
             while len(waiting) > (1 if isinstance(part, Part) else 0):
-                before, logits = waiting.pop(0)
-                yield before, None if logits is None else logits.float().cpu().numpy()
+                before, answer = waiting.pop(0)
+                yield before, None if answer is None else answer.logits()
             if part is None:
                 return
             if isinstance(part, ShardFailed):
                 yield part, None
 
     @torch.inference_mode()
-    def _logits(self, images: torch.Tensor) -> torch.Tensor | None:
-        if not len(images):
-            return None
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         half = self.precision == "bfloat16"
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -218,9 +239,31 @@ class Labeller:
         return self._opened
 
 
+class _Answer:
+    """Logits on their way to the host. On a GPU the copy follows its own batch, not the next one, which is begun."""
+
+    def __init__(self, found: torch.Tensor) -> None:
+        on_gpu = found.device.type == "cuda"
+        self._host = torch.empty(found.shape, dtype=torch.float32, pin_memory=on_gpu)
+        with torch.inference_mode():
+            self._host.copy_(found, non_blocking=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def logits(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(pictures, classes) float32, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.numpy()
+
+
 def _pictures(wishes: Wishes) -> ShardImages:
     """Each shard is compared when it is read; label files of two shards must not have one name."""
     where = wishes.data.removeprefix(STREAM)  # shards are read whole in any case
+    if not is_shards(where):
+        remedy = "lambdanets pack FOLDER OUT --unlabelled makes one of a folder, index --unlabelled of archives"
+        raise BadData(f"{printable(where)} is no data set of shards, it has no manifest.json: {remedy}")
     images = open_pictures(where, allow_sources=wishes.allow_sources, look_at_shards=False)
     seen: dict[str, str] = {}
     for shard in images.shards:
@@ -257,10 +300,8 @@ class _Collected:
             of = self._of
             index = int(of.images.first_images[self.number]) + int(good[wrong[0]])
             name = printable(of.images.called(index, part.members[int(good[wrong[0]]) - part.first]))
-            remedy = (
-                "--precision float32, into another --out, may help" if of.precision != "float32" else "see the teacher"
-            )
-            return f"the teacher's logits of {name} are not finite (and of {len(wrong) - 1:,} more): {remedy}"
+            remedy = "" if of.precision == "float32" else ": --precision float32, into another --out, may help"
+            return f"the teacher's logits of {name} are not finite, and of {len(wrong) - 1:,} more in its batch{remedy}"
         rows = rows_of(logits, self._rows.top_class.shape[1])
         for name, values in rows._asdict().items():
             getattr(self._rows, name)[good] = values
@@ -347,7 +388,7 @@ def label(
     it, the same call goes on; a file of labels is there whole, or not at all.
     """
     ranks = Ranks()  # which one this is; they need not meet
-    _check(wishes, part)
+    check(wishes, part)
     with Watchdog(hang_timeout_s=wishes.hang_timeout_s, again=AGAIN) as watch:
         with watch.working():
             labeller = Labeller(_absolute(wishes), device=choose_device(wishes.device, ranks))
@@ -425,7 +466,8 @@ def _absolute(wishes: Wishes) -> Wishes:
     return replace(wishes, data=absolute(wishes.data), out=absolute(wishes.out))
 
 
-def _check(wishes: Wishes, part: tuple[int, int] | None) -> None:
+def check(wishes: Wishes, part: tuple[int, int] | None) -> None:
+    """Raises BadRecipe for what cannot be meant; BadRun where pyarrow is missing."""
     label_files.arrow()
     if part is not None and not 0 <= part[0] < part[1]:
         raise BadRecipe(f"--part {part[0]}/{part[1]}: the parts of N are 0/N to {part[1] - 1}/{part[1]}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +137,8 @@ class ShardReader:
         self._passed: set[int] = set()
         self._checks: dict[int, Future[str | None]] = {}
         self._closing = contextlib.ExitStack()
-        self._pool = self._closing.enter_context(ThreadPoolExecutor(2, "shards"))
-        self._copies = "" if self._local else self._closing.enter_context(tempfile.TemporaryDirectory())
+        place = tempfile.TemporaryDirectory(prefix="lambdanets-", ignore_cleanup_errors=True)
+        self._copies = self._closing.enter_context(place)  # of remote shards
         self._loader: Iterable[Part | ShardFailed] | None = None
         if workers:
             self._loader = DataLoader(
@@ -157,7 +158,6 @@ class ShardReader:
 
     def __exit__(self, *error: object) -> None:
         self._loader = None
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._closing.close()
 
     def parts(self, numbers: Iterable[int]) -> Iterator[Part | ShardFailed]:
@@ -196,7 +196,7 @@ class ShardReader:
         while True:
             # Of a store, the next shard is copied while this one is read.
             while len(waiting) < (1 if self._local else 2) and (number := next(numbers, None)) is not None:
-                waiting.append((number, self._pool.submit(self._looked_at, self.images.shards[number])))
+                waiting.append((number, _begun(self._looked_at, self.images.shards[number])))
             if not waiting:
                 return
             number, looked_at = waiting.pop(0)
@@ -241,6 +241,20 @@ class ShardReader:
         if seen != shard.sha256:
             return f"{where} has the sha256 {seen}, the manifest {shard.sha256}: {changed(self.images.home)}"
         return None
+
+
+def _begun(call: Callable[[Shard], str | None], shard: Shard) -> Future[str | None]:
+    """What `call` gives, in time: in a thread that nobody waits for when the program ends, as for one of a pool."""
+    future: Future[str | None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(shard))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=shard.name, daemon=True).start()
+    return future
 
 
 @dataclass

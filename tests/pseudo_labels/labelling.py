@@ -22,25 +22,34 @@ from lambdanets.runs.weights import save_weights
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
-def write_teacher(folder: Path, *, classes=CLASSES, seed: int = 0, view: View | None = None, change=None) -> Path:
-    """A run's folder as `train` leaves it, with weights as they are before training; `change` may alter the model."""
+def write_teacher(
+    folder: Path, *, classes=CLASSES, seed: int = 0, view: View | None = None, change=None, pictures=None
+) -> Path:
+    """A run's folder as `train` leaves it, with weights as they are before training; `change` may alter the model.
+
+    pictures  on which it says each class now and then; None: those of `picture`
+    """
+    pictures = pictures or [Image.open(io.BytesIO(picture(i))) for i in range(64)]
     torch.manual_seed(seed)
-    recipe = dataclasses.replace(
-        choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=1), eval_batch_images=4
-    )
+    recipe = choose("folder", model="lambda_resnet_tiny", image_px=8, epochs=1)
     view = view or View(8, 3, recipe.mean, recipe.std, recipe.crop_frac, recipe.interpolation)
+    own = {"eval_batch_images": 4, "in_channels": view.in_channels, "mean": view.mean, "std": view.std}
     record = {
-        "status": "done", "recipe": dataclasses.asdict(recipe), "view": dataclasses.asdict(view),
+        "status": "done", "recipe": dataclasses.asdict(recipe) | own, "view": dataclasses.asdict(view),
         "classes": list(classes), "seed": 0, "history": [], "task": "classification",
         "data": {"source": "nowhere", "how": "", "ignored": {}, "train_images": 2, "val_images": 2},
     }  # fmt: skip
     folder.mkdir(parents=True)
     write_json(folder / "run.json", record)
-    model = create_model("lambda_resnet_tiny", num_classes=len(classes))
-    with torch.no_grad():
-        model.get_classifier().weight.mul_(20)  # so that classes differ
+    model = create_model("lambda_resnet_tiny", num_classes=len(classes), in_channels=view.in_channels).eval()
+    with torch.no_grad():  # logits with mean 0 and deviation 3, so that each class is found somewhere
+        seen = torch.stack([view.evaluate(image) for image in pictures])
+        head, logits = model.get_classifier(), model(seen)
+        head.weight.mul_(3 / logits.std(0)[:, None])
+        head.bias.sub_(model(seen).mean(0))
     if change is not None:
-        change(model)
+        with torch.no_grad():
+            change(model)
     save_weights(model, folder / "weights.safetensors")
     return folder
 
