@@ -170,6 +170,8 @@ def _connected(rows: LabelRows, spill: Path, memory_gb: float, threads: int) -> 
 
 def _why(rows: LabelRows, error: Exception, spill: Path, memory_gb: float) -> str:
     text = printable(str(error).partition("\n")[0])
+    if named := next((file for file in rows.files if file.path in str(error)), None):
+        return str(named.refused(text))
     remedy = f"free space where {spill} is, or give a larger --memory-gb than {memory_gb:g}, and give the command again"
     return str(_damaged(rows, f"DuckDB could not select: {text}; {remedy}"))
 
