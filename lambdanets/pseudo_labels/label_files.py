@@ -80,13 +80,13 @@ def content_sha256(table: Any) -> str:
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
-        kind = column.type  # of a list without the name of its field, which parquet changes from "item" to "element"
-        text = f"{kind.value_type}[{kind.list_size}]" if hasattr(kind, "list_size") else str(kind)
-        digest.update(f"{name} {text}\n".encode())
+        is_list = hasattr(column.type, "list_size")  # whose type is written in one way before a file, in another after
+        kind = f"{column.type.value_type} {column.type.list_size}" if is_list else str(column.type)
+        digest.update(f"{name} {kind}\n".encode())
         if name == "error":
             digest.update(json.dumps(column.to_pylist()).encode())
         else:
-            values = column.flatten() if hasattr(column.type, "list_size") else column
+            values = column.flatten() if is_list else column
             array = values.to_numpy(zero_copy_only=False)
             digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
@@ -397,7 +397,12 @@ def read_footer(labels: Labels, name: str) -> Footer:
 
     def read() -> Mapping[bytes, bytes]:
         with open_file(path) if local else found.open(path, "rb") as file:
-            return dict(pa.parquet.read_schema(file).metadata or {})
+            try:
+                return dict(pa.parquet.read_schema(file).metadata or {})
+            except OSError as error:
+                if error.errno is not None:  # the system's
+                    raise
+                raise ValueError(str(error)) from error  # pyarrow's own: the content is none of its format
 
     try:
         footer = _footer(on_disk(where, read) if local else retried(where, read))

@@ -77,6 +77,7 @@ class Watchdog:
     hang_timeout_s  seconds without `beat()`, once there was one; 0: for ever
     words           what another rank said before it failed, or None
     tell            leaves such a word
+    again           how to go on, for the last line
     Stacks go to stderr until `write_to` names a file. Signals are caught only where it is made in the main thread.
     """
 
@@ -86,10 +87,11 @@ class Watchdog:
         hang_timeout_s: float,
         words: Callable[[], str | None] = lambda: None,
         tell: Callable[[str], None] = lambda words: None,
+        again: str = "go on with --resume",
     ) -> None:
         self.signal: int | None = None
         """The signal that asked the run to stop, or None."""
-        self.hang_timeout_s, self._words, self._tell = hang_timeout_s, words, tell
+        self.hang_timeout_s, self._words, self._tell, self._again = hang_timeout_s, words, tell, again
         self._interruptible = False
         self._own_s = 0.0  # the watch's own time
         self._last_beat_s: float | None = None  # in it
@@ -240,7 +242,7 @@ class Watchdog:
         self._tell(f"process {os.getpid()}: {why}")
         where = "" if self._stacks is None else f": the stacks are in {self._stacks}"
         with contextlib.suppress(OSError):  # not print, whose lock another thread may hold
-            os.write(2, f"lambdanets: {why}{where}; exit code {code}, go on with --resume\n".encode())
+            os.write(2, f"lambdanets: {why}{where}; exit code {code}, {self._again}\n".encode())
         os._exit(code)
 
 

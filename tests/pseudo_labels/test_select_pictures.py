@@ -19,7 +19,7 @@ from lambdanets.pseudo_labels.hashes import bytes_hash, look_hash
 from lambdanets.pseudo_labels.select import Asked, select
 
 CLASSES = ["bird", "cat", "dog"]
-PX = 96
+PX = 160
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def parts_of_photographs():
     from sklearn.datasets import load_sample_images
 
     whole = [Image.fromarray(levels) for levels in load_sample_images().images]
-    places = [(of, x, y) for of in whole for x in range(0, 540, 100) for y in range(100, 330, 46)]  # below the sky
+    places = [(of, x, y) for of in whole for x in range(0, 480, 80) for y in range(100, 265, 36)]  # below the sky
     return [of.crop((x, y, x + PX, y + PX)) for of, x, y in places]
 
 
@@ -57,7 +57,7 @@ def world(tmp_path_factory, parts_of_photographs):
     (root / "pictures").mkdir()
     for name, content in files.items():
         (root / "pictures" / name).write_bytes(content)
-    pack(root / "pictures", root / "shards", shard_bytes=300_000, unlabelled=True)
+    pack(root / "pictures", root / "shards", shard_bytes=700_000, unlabelled=True)
     return root
 
 
@@ -155,7 +155,7 @@ def test_shards_that_moved_are_named_and_other_shards_refused(world, labels, tmp
     select(labels, tmp_path / "there", Asked(per_class=5), pictures=str(moved))
     assert read(tmp_path / "there")[0]["pictures"]["source"] == str(moved)
     assert by_class(read(tmp_path / "here")[1]) == by_class(read(tmp_path / "there")[1])
-    pack(world / "pictures", tmp_path / "other", shard_bytes=100_000, unlabelled=True)
+    pack(world / "pictures", tmp_path / "other", shard_bytes=400_000, unlabelled=True)
     with pytest.raises(BadData, match=r"give the shards that were labelled, with --data"):
         select(labels, tmp_path / "wrong", Asked(per_class=5), pictures=str(tmp_path / "other"))
     (moved / "unlabelled-00000.tar").write_bytes(b"")
