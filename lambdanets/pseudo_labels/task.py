@@ -21,7 +21,7 @@ from lambdanets.data.batches import Batch, Batches
 from lambdanets.data.images import Images
 from lambdanets.data.shards import ShardImages, open_pictures
 from lambdanets.data.source import absolute
-from lambdanets.errors import BadData, BadRecipe, BadRun, printable
+from lambdanets.errors import BadData, BadRecipe, BadRun, DiskFault, printable
 from lambdanets.files import to_stderr
 from lambdanets.pseudo_labels.mixture import (
     JointBatches,
@@ -137,12 +137,11 @@ class Joint(Classification):
             )
         try:
             found = open_pictures(where, allow_sources=self.allow_sources)
-        except BadData as error:
-            if self.pictures is None:
-                error.add_note(
-                    f"{self.source} says that its pictures lie there: if they moved, give --pseudo-data SHARDS"
-                )
-            raise
+        except DiskFault as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            said = "" if self.pictures is not None else f", and {self.source} says that its pictures lie there"
+            raise BadData(f"{where} holds no shards{said}: give --pseudo-data SHARDS, where they lie now") from error
         if found.fingerprint() != held["pictures"]["fingerprint"]:
             raise BadData(f"{where} holds other pictures than those that {self.source} was selected from")
         if (last := self._selection.last_id()) >= len(found):
