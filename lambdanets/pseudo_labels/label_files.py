@@ -80,7 +80,9 @@ def content_sha256(table: Any) -> str:
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
-        digest.update(f"{name} {column.type}\n".encode())
+        kind = column.type  # of a list without the name of its field, which parquet changes from "item" to "element"
+        text = f"{kind.value_type}[{kind.list_size}]" if hasattr(kind, "list_size") else str(kind)
+        digest.update(f"{name} {text}\n".encode())
         if name == "error":
             digest.update(json.dumps(column.to_pylist()).encode())
         else:
