@@ -20,7 +20,11 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("labels", type=str, metavar="LABELS", help="a folder or URL that `lambdanets label` filled")
     parser.add_argument(
-        "--out", type=str, metavar="SELECTION", required=True, help="a new folder: give it to `lambdanets train --pseudo`"
+        "--out",
+        type=str,
+        metavar="SELECTION",
+        required=True,
+        help="a new folder: give it to `lambdanets train --pseudo`",
     )
     parser.add_argument(
         "--per-class",

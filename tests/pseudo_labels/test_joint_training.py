@@ -86,7 +86,14 @@ def test_a_run_is_one_of_classification_and_says_what_it_was_learnt_from(finishe
     assert held["fingerprint"] == record["data"]["fingerprint"]["pseudo"]
     assert held["held_out_pictures_excluded"]
     page = (finished.folder / "report.html").read_text()
-    for said in ("pseudo.draws", "21", str(selection), "pseudo.teacher_sha256", "pseudo.held_out_pictures_excluded"):
+    for said in (
+        "pseudo.draws",
+        "21",
+        str(selection),
+        "pseudo.teacher_sha256",
+        "pseudo.held_out_pictures_excluded",
+        "classes seen",
+    ):
         assert said in page
     assert evaluate_run(finished.folder, shared_colours, device=CPU).scores.top1_frac == finished.scores.top1_frac
 
