@@ -275,6 +275,26 @@ def test_ranks_see_in_each_step_what_one_process_does(ranks, shared_colours, sel
     assert json.loads((tmp_path / "many/run.json").read_text())["history"][0]["predicted_classes"] >= 1
 
 
+def resumed(recipe, data, selection, out):
+    note_ids(out.parent / "resumed.ids")
+    Joint.report = lambda *rest: None
+    train(recipe, data, selection, Mixture(), out=out, seed=3, device="cpu", resume=True)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_and_the_same_pictures(
+    shared_colours, selection, tmp_path, children
+):
+    whole = run_to(tiny(), shared_colours, selection, tmp_path / "whole")[4]
+    args = (tiny(), shared_colours, selection, tmp_path / "run")
+    assert children.start(killed, *args, Mixture(), 7, {}).wait() == -signal.SIGKILL
+    for child in children.ranks(2, resumed, *args):
+        assert child.wait(240) == 0
+    later = ids_of(tmp_path / "resumed.ids", 2)
+    assert len(later) >= 5
+    assert all(whole[step] == ids for step, ids in later.items())
+
+
 def test_an_unreadable_picture_without_a_label_is_replaced_by_another_with_its_own_label(
     shared_colours, selection, tmp_path, monkeypatch
 ):
