@@ -34,6 +34,12 @@ _COLUMNS = {
     "train top-1": ("train_top1_frac", "{:.2%}"),
     "held-out top-1": ("val_top1_frac", "{:.2%}"),
 }
+_OF_PSEUDO = {  # where a teacher's labels are learnt, too
+    "loss, labelled": ("loss_labelled", "{:.4f}"),
+    "pseudo-labelled": ("loss_pseudo", "{:.4f}"),
+    "as the teacher": ("pseudo_agree_frac", "{:.1%}"),
+    "classes seen": ("predicted_classes", "{:.1f}"),
+}
 
 
 class Mistake(NamedTuple):
@@ -84,7 +90,10 @@ def page(
         parts.append(f"<h2>Worst mistakes</h2><p>{said}</p>")
         parts.append(f'<div class="mistakes">{"".join(map(_figure, mistakes))}</div>')
     if history:
-        parts += ["<h2>Epochs and speed</h2>", pages.epochs(history, _COLUMNS)]
+        parts += [
+            "<h2>Epochs and speed</h2>",
+            pages.epochs(history, _COLUMNS | (_OF_PSEUDO if "pseudo" in data else {})),
+        ]
     parts += ["<h2>Recipe</h2>", pages.table(recipe.items())]
     parts += [
         "<h2>Data</h2>",

@@ -42,6 +42,9 @@ def _check(held: dict[str, Any]) -> None:
     field(held["data"], "val_images", int)
     if "pseudo" in held["data"]:
         _check_pseudo(field(held["data"], "pseudo", dict))
+        for row in held["history"]:
+            for name in ("loss_labelled", "loss_pseudo", "pseudo_agree_frac", "predicted_classes"):
+                check_number(row, name)
 
 
 def _check_pseudo(held: dict[str, Any]) -> None:

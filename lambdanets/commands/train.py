@@ -24,7 +24,8 @@ _OF_LABELS = (
     "label_smoothing",
 )  # fmt: skip
 _OF_BOXES = ("padding", "scale_jitter", "turns", "detections")
-_OF_PSEUDO = ("pseudo_ratio", "pseudo_labels", "pseudo_temperature")
+_OF_MIXTURE = ("pseudo_ratio", "pseudo_labels", "pseudo_temperature")
+_OF_PSEUDO = ("pseudo", "pseudo_data", "unchecked_overlap")
 _OF_COCO = ("annotations", "images_dir", "class_names", "boxes_only", "skip_missing", "init_image_px")
 
 
@@ -152,7 +153,7 @@ def run(given: Namespace) -> int:
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
     asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small")
-    changed = any(told(given, asked + _OF_ANY + _OF_LABELS + _OF_PSEUDO + _OF_BOXES + _OF_COCO))
+    changed = any(told(given, asked + _OF_ANY + _OF_LABELS + _OF_MIXTURE + _OF_BOXES + _OF_COCO))
     try:
         begun = begun_task(given.out) if given.resume and given.out is not None else None
     except OSError as error:
@@ -167,13 +168,13 @@ def run(given: Namespace) -> int:
         remedy = "give --data FOLDER, or try --small on the digits"
         raise recipes.BadRecipe(f"--recipe {given.recipe} learns from a folder of images: {remedy}")
     if given.recipe in ("detect", "table6") or given.annotations is not None or _is_coco(given):
-        for name in told(given, ("pseudo", "pseudo_data", "unchecked_overlap", *_OF_PSEUDO)):
+        for name in told(given, _OF_PSEUDO + _OF_MIXTURE):
             raise recipes.BadRecipe(
                 f"--{name.replace('_', '-')} is of classification: a detector learns no pseudo-labels"
             )
         return _detector(given, how)
     if given.pseudo is None:
-        for name in told(given, ("pseudo_data", "unchecked_overlap", *_OF_PSEUDO)):
+        for name in told(given, _OF_PSEUDO + _OF_MIXTURE):
             raise recipes.BadRecipe(f"--{name.replace('_', '-')} goes with --pseudo SELECTION: give both")
     for name in told(given, _OF_BOXES + _OF_COCO):
         raise recipes.BadRecipe(
@@ -196,7 +197,7 @@ def run(given: Namespace) -> int:
     if given.pseudo is not None:
         from lambdanets.pseudo_labels import train as joint
 
-        mixture = Mixture(**{name.removeprefix("pseudo_"): given[name] for name in told(given, _OF_PSEUDO)})
+        mixture = Mixture(**{name.removeprefix("pseudo_"): given[name] for name in told(given, _OF_MIXTURE)})
         return _show(
             joint.train(recipe, given.data, given.pseudo, mixture, pictures=given.pseudo_data,
                         unchecked_overlap=given.unchecked_overlap, **how)
@@ -224,9 +225,20 @@ def _is_coco(given: Namespace) -> bool:
 
 
 def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
-    """The run in --out, as it was asked for."""
+    """The run in --out, as it was asked for; what it reads may have moved."""
     from lambdanets.errors import BadRun
 
+    if task != "detection":
+        from lambdanets.pseudo_labels import train as joint
+
+        how |= {"out": given.out, "allow_sources": given.allow_source}
+        both = joint.recorded(given.out, given.allow_source, selection=given.pseudo, pictures=given.pseudo_data)
+        if both is not None:
+            return _show(joint.train(**both._asdict(), **how))
+    for name in told(given, _OF_PSEUDO):
+        raise BadRun(
+            f"--resume: the run in {given.out} learns without pseudo-labels: leave --{name.replace('_', '-')} out"
+        )
     if task == "detection":
         from lambdanets.detection import train as detection
 
@@ -238,14 +250,7 @@ def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
                             init_image_px=init_image_px, **how)
         )  # fmt: skip
     from lambdanets.classification import train as classification
-    from lambdanets.pseudo_labels import train as joint
 
-    how |= {"out": given.out, "allow_sources": given.allow_source}
-    both = joint.recorded(given.out, given.allow_source, selection=given.pseudo, pictures=given.pseudo_data)
-    if both is not None:
-        return _show(joint.train(**both._asdict(), **how))
-    for name in told(given, ("pseudo", "pseudo_data", "unchecked_overlap")):
-        raise BadRun(f"--resume: the run in {given.out} learns from labelled pictures alone: leave --{name} out")
     found = classification.recorded(given.out, given.allow_source)
     assert found is not None
     recipe_of_labels, data, seed, init_from = found

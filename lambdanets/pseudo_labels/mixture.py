@@ -26,11 +26,12 @@ from lambdanets.pseudo_labels.selection import Selection
 PSEUDO = "pseudo:"  # before the name of a picture without a label: a labelled one may have the same
 
 
-def labelled_before(slot: int, labelled: int, batch_images: int) -> int:
-    """How many of a batch's slots before this one are labelled: slot i is, where this differs for i and i + 1.
+def labelled_before(slot: Any, labelled: int, batch_images: int) -> Any:
+    """How many of a batch's slots before this one, or each of these, are labelled: slot i is, where this differs for
+    i and i + 1.
 
-    >>> [i for i in range(6) if labelled_before(i + 1, 3, 6) > labelled_before(i, 3, 6)]
-    [1, 3, 5]
+    >>> labelled_before(np.arange(7), labelled=3, batch_images=6).tolist()
+    [0, 0, 1, 1, 2, 2, 3]
     """
     return slot * labelled // batch_images
 
@@ -62,32 +63,30 @@ class JointDraws(Draws):
         return max(1, self.n_images // self.labelled)
 
     def slots(self, epoch: int, batch: int, part: range) -> list[Any]:
-        start, stop = (labelled_before(slot, self.labelled, self.batch_images) for slot in (part.start, part.stop))
-        first = batch * self.labelled
+        before = labelled_before(np.arange(part.start, part.stop + 1), self.labelled, self.batch_images)
+        pseudo = before[1:] == before[:-1]
+        start, stop = (int(before[end]) for end in (0, -1))
         order = Order(self.n_images, seed=self.seed, epoch=epoch)
-        labelled = iter(order[first + start : first + stop].tolist())
-        before = (epoch * len(self) + batch) * (self.batch_images - self.labelled)
-        draws = range(before + part.start - start, before + part.stop - stop)
-        pseudo = zip(self._rows(draws).tolist(), draws, strict=True)
-        slots = []
-        for slot in part:
-            here, after = (labelled_before(i, self.labelled, self.batch_images) for i in (slot, slot + 1))
-            if after > here:
-                slots.append(Slot(next(labelled), -1))
-            else:
-                row, draw = next(pseudo)
-                slots.append(Slot(self.n_images + row, draw))
-        return slots
+        first = batch * self.labelled
+        drawn = (epoch * len(self) + batch) * (self.batch_images - self.labelled)
+        draws = range(drawn + part.start - start, drawn + part.stop - stop)
+        ids = np.empty(len(part), np.int64)
+        ids[~pseudo] = order[first + start : first + stop]
+        ids[pseudo] = self.n_images + self._rows(draws)
+        numbers = np.full(len(part), -1, np.int64)
+        numbers[pseudo] = draws
+        return list(map(Slot, ids.tolist(), numbers.tolist()))
 
-    def _rows(self, draws: range) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    def _rows(self, draws: range) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The selection's rows of these draws."""
-        n, found = self.selection.draws, [np.zeros(0, np.uint32)]
+        n, found = self.selection.draws, [np.zeros(0, np.int64)]
         seed = hash_of("pseudo", self.seed)
         start = draws.start
         while start < draws.stop:
             number, place = divmod(start, n)
             count = min(n - place, draws.stop - start)
-            found.append(self.selection.row[Order(n, seed=seed, epoch=number)[place : place + count]])
+            entries = Order(n, seed=seed, epoch=number)[place : place + count]
+            found.append(self.selection.row[entries].astype(np.int64))
             start += count
         return np.concatenate(found)
 

@@ -147,6 +147,8 @@ def open_selection(path: str | Path, *, compare: bool = True) -> Selection:
     Raises BadData: no selection.json, one of another format, a column that is missing, cut, changed since it was
     written (sha256), or that names a class, a row or a picture that cannot be; DiskFault where a file cannot be read.
     """
+    if "://" in str(path):
+        raise BadData(f"{path} is a URL, and a selection is read from a disk, in any order: copy it there")
     folder = Path(os.path.abspath(path))
     where = folder / SELECTION_JSON
     try:

@@ -21,7 +21,7 @@ from lambdanets.data.batches import Batch, Batches
 from lambdanets.data.images import Images
 from lambdanets.data.shards import ShardImages, open_pictures
 from lambdanets.data.source import absolute
-from lambdanets.errors import BadData, BadRecipe, BadRun, printable
+from lambdanets.errors import BadData, BadRecipe, BadRun, DiskFault, printable
 from lambdanets.files import to_stderr
 from lambdanets.pseudo_labels.mixture import (
     JointBatches,
@@ -122,7 +122,7 @@ class Joint(Classification):
             given = "without --exclude" if not excluded else "with --exclude of other pictures than these"
             raise BadData(
                 f"{self.source} was selected {given}, so held-out pictures of {self.shown} may be among those that are "
-                f"learnt: select again with --exclude {self.data or 'DATA'}, or say --unchecked-overlap"
+                f"learnt: select again with --exclude {self.data or 'digits'}, or say --unchecked-overlap"
             )
 
     def _open_pictures(self) -> Images:
@@ -137,12 +137,11 @@ class Joint(Classification):
             )
         try:
             found = open_pictures(where, allow_sources=self.allow_sources)
-        except BadData as error:
-            if self.pictures is None:
-                error.add_note(
-                    f"{self.source} says that its pictures lie there: if they moved, give --pseudo-data SHARDS"
-                )
-            raise
+        except DiskFault as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            said = "" if self.pictures is not None else f", and {self.source} says that its pictures lie there"
+            raise BadData(f"{where} holds no shards{said}: give --pseudo-data SHARDS, where they lie now") from error
         if found.fingerprint() != held["pictures"]["fingerprint"]:
             raise BadData(f"{where} holds other pictures than those that {self.source} was selected from")
         if (last := self._selection.last_id()) >= len(found):
@@ -270,23 +269,24 @@ class Joint(Classification):
     # --- what is said of them
 
     def log_row(self, counts: Counts) -> dict[str, float]:
-        """Of each kind its mean loss; how often the student's first class is the label of a pseudo-labelled picture;
-        and in how many classes it sees these: exp of the entropy of its first classes."""
-        if not counts:
-            return {}
-        labelled, pseudo = max(1.0, counts["labelled"]), max(1.0, counts["pseudo"])
-        return {
-            "loss_labelled": counts["loss_labelled"] / labelled,
-            "loss_pseudo": counts["loss_pseudo"] / pseudo,
-            "pseudo_agree_frac": counts["agree"] / pseudo,
-            "predicted_classes": classes_in(counts["predicted"]),
-        }
+        return self._numbers(counts) if counts.get("labelled") or counts.get("pseudo") else {}
 
     def train_row(self, counts: Counts, samples: int) -> dict[str, float]:
         """Top-1 is that of the labelled pictures; pseudo_passes: how often the epoch saw all draws."""
         right, labelled, pseudo = (counts.get(name, 0.0) for name in ("right", "labelled", "pseudo"))
-        row = {"train_top1_frac": right / max(1.0, labelled), **self.log_row(counts)}
-        return {**row, "pseudo_passes": pseudo / self._selection.draws}
+        passes = {"pseudo_passes": pseudo / self._selection.draws}
+        return {"train_top1_frac": right / max(1.0, labelled), **self._numbers(counts), **passes}
+
+    def _numbers(self, counts: Counts) -> dict[str, float]:
+        """Of each kind its mean loss; how often the student's first class is the label of a pseudo-labelled picture;
+        and in how many classes it sees these: exp of the entropy of its first classes."""
+        labelled, pseudo = (max(1.0, counts.get(name, 0.0)) for name in ("labelled", "pseudo"))
+        return {
+            "loss_labelled": counts.get("loss_labelled", 0.0) / labelled,
+            "loss_pseudo": counts.get("loss_pseudo", 0.0) / pseudo,
+            "pseudo_agree_frac": counts.get("agree", 0.0) / pseudo,
+            "predicted_classes": classes_in(counts.get("predicted", [])),
+        }
 
     @functools.cached_property
     def _classes_selected(self) -> float:

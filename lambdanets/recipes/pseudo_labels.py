@@ -33,6 +33,8 @@ class Mixture:
 
     >>> Mixture().labelled(4096), Mixture(ratio=14).labelled(4096)
     (2048, 273)
+    >>> 1_281_167 // Mixture().labelled(4096)  # steps of an epoch, a pass over ImageNet
+    625
     """
 
     ratio: float = 1.0

@@ -92,7 +92,7 @@ def head(record: dict[str, Any], title: str, notes: Iterable[str]) -> Iterator[s
     yield f"<p>{html(f'{state}; seed {seed}, on {device}')}</p>"
     if record["status"] in ("stopped", "interrupted") and record.get("error"):
         yield f'<p class="warn">{html(_sentence(record["error"]))}</p>'
-    for note in notes:
+    for note in (*notes, *record.get("warnings", [])):
         yield f'<p class="warn">{html(note)}</p>'
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -270,6 +271,18 @@ def test_copies_in_one_batch_are_cropped_differently(opened):
     assert len(copied) == 15
     for tensors in copied:
         assert len({tensor.numpy().tobytes() for tensor in tensors}) == len(tensors)
+
+
+def test_pictures_and_draws_travel_to_a_process_that_is_not_forked_without_their_columns(opened):
+    task = opened(Mixture())
+    images, draws = task.train.images, task.train._keys.draws
+    sent = pickle.dumps((images.__reduce__()[1][2], dataclasses.replace(draws)))
+    assert len(sent) < 2000
+    selection, again = pickle.loads(sent)
+    assert again.slots(1, 2, range(8)) == draws.slots(1, 2, range(8))
+    assert selection.labels_of(slice(None)).tolist() == list(images.labels[24:])
+    made, args = images.__reduce__()
+    assert made(*args).names[30] == images.names[30]
 
 
 def test_a_batch_is_a_batch_of_classification(opened):
