@@ -2,8 +2,10 @@
 
 Copies of held-out pictures are found in two steps. Difference hashes (hashes.look_hash) that differ in a few bits make
 a pair; a pair is a copy if small grey thumbnails of both agree at every place, since photographs of one scene share
-their hash. Measured on 200 photographs of 320 x 240, encoded again (JPEG 40 to 95) or scaled (0.5 to 2): 99% are
-found; of pairs that show one scene with different objects, an eighth of the side or more, 0.3% are taken for copies.
+their hash. Measured on 400 parts of two photographs, encoded again (JPEG 40, 95) or scaled (0.5, 0.7, 2): of parts of
+320 x 240 all but one are found in each way; of 160 x 120, many of them plain sky, 82% after JPEG 40, 90% halved and
+JPEG 75, 96% or more in the other ways. Of 1,696 pairs with near hashes that show one scene with another object, of an
+eighth of the side or more, 4 are taken for copies; of 1,163 pairs whose objects are smaller, 37.
 A crop, a mirrored picture or one with other colours is not found, nor is a flat one, unless its bytes are equal.
 """
 

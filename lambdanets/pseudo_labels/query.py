@@ -46,7 +46,7 @@ SELECT id, place
 FROM candidate
 QUALIFY row_number() OVER (
     PARTITION BY class
-    ORDER BY doubt, id % 4294967296 * 1640531527 % 4294967296, id
+    ORDER BY doubt, (id % 4294967296 * 1640531527 % 4294967296)::UINTEGER, id
 ) <= getvariable('per_class')"""
 COUNTS = "SELECT class, count(*) AS candidates FROM candidate GROUP BY class"
 

@@ -1,6 +1,8 @@
 """A selection on the disk: which pictures a student learns from, how often, and with what label.
 
     selection.json   format, where it comes from, what was asked for, counts, the columns' sha256; written last
+    excluded.jsonl   a line a copy of a held-out picture that was left out: its id, why, of which picture
+    classes.png      draws, pictures and doubt of each class; report.html the same, with the most doubtful pictures
     id.npy           uint64, (rows,): the picture's number in the data set that was labelled, in its manifest's order
     label.npy        int32, (rows,): the class
     confidence.npy   float32, (rows,)

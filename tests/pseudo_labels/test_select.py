@@ -14,6 +14,8 @@ from label_tables import by_class, folder_of, labels_of, mix, read, reference, s
 
 from lambdanets.errors import BadData, BadRun
 from lambdanets.pseudo_labels import select_page
+from lambdanets.pseudo_labels.label_rows import label_rows, verified
+from lambdanets.pseudo_labels.near_copies import HASHED, copies
 from lambdanets.pseudo_labels.query import choose
 from lambdanets.pseudo_labels.select import Asked, select_from
 from lambdanets.pseudo_labels.write_selection import copies_of, written_columns
@@ -272,6 +274,31 @@ def test_the_bytes_do_not_depend_on_files_order_threads_memory_or_row_groups(tmp
     how = {"rule": "label", "most_doubt": SEVEN_TENTHS, "per_class": 100, "threads": 2, "memory_gb": 1}
     one, other = (choose(of, np.zeros(0, int), spill=tmp_path / "spill", **how) for of in (rows, turned))
     assert (one.picked == other.picked).all()
+
+
+def test_the_benchmarks_labels_are_labels_and_hold_what_it_says(tmp_path):
+    from benchmarks import pseudo
+
+    shards = pseudo.shards_of(12_000)
+    labels = pseudo.labels_of(tmp_path, shards)
+    pseudo.make(str(tmp_path), shards, 0, 1)
+    rows = label_rows(labels, shards, 1)
+    tables = [verified(rows.labels, file) for file in rows.files]
+    assert [held.num_rows for held in tables] == [10_000, 2_000]
+    assert 5 <= sum(held.num_rows - held.column("error").null_count for held in tables) <= 30
+    found = copies(rows, np.zeros(0, HASHED), 3, 1)
+    assert found.repeated.tolist() == list(range(10_000, 10_020))  # 20 of the first file are in the second, too
+
+
+@pytest.mark.slow
+def test_a_million_rows_give_the_same_bytes_for_two_orders_of_files_within_200_mb(tmp_path):
+    from benchmarks import pseudo
+
+    pseudo.fill(tmp_path / "labels", 1_000_000, 2)
+    one, other = pseudo.runs(tmp_path / "labels", tmp_path, 2, 1.0)
+    assert one["digest"] == other["digest"]
+    assert one["classes_with_all_draws"] == 1000
+    assert max(run["peak_mb"] - run["imports_mb"] for run in (one, other)) <= 200
 
 
 def test_a_selection_that_is_done_is_not_made_again_and_another_one_is_refused(tmp_path):

@@ -108,7 +108,7 @@ def test_copies_of_held_out_pictures_are_left_out_listed_and_shown(world, labels
     assert [line["id"] for line in lines] == sorted(line["id"] for line in lines)
     by_name = {images.names[line["id"]]: line for line in lines}
     assert set(by_name) == {"held same.png", "held near.jpg", "held half.png"}
-    assert by_name["held near.jpg"]["of"]["name"] == "cat/10.png"
+    assert by_name["held near.jpg"]["of"]["name"] == "val/cat/10.png"
     assert by_name["held near.jpg"]["reason"] == "held_out_near"
     assert 0 <= by_name["held half.png"]["bits"] <= 3
     _, val, _, _ = open_source(data, ())
