@@ -8,8 +8,10 @@ unpickles, calls a program or writes where an archive says.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import os
 import queue
 import tarfile
 import tempfile
@@ -172,31 +174,70 @@ def whole(base: str, name: str, size: int | None = None, *, most_bytes: int | No
     most_bytes  a larger file is refused: BadData, a remote one after so many bytes
     """
     where = join(base, name)
-    most = most_bytes if most_bytes is not None else size
-    found, path, local = filesystem(where)
-    options = {"block_size": 0} if where.startswith(("http:", "https:")) else {}  # else fsspec asks for parts
+    _, path, local = filesystem(where)
 
-    def copied() -> IO[bytes]:
+    def copy() -> IO[bytes]:
         with contextlib.ExitStack() as closing:
-            copy = closing.enter_context(tempfile.TemporaryFile())
-            with found.open(path, "rb", **options) as file:
-                while part := within(READ_TIMEOUT_S, lambda: file.read(1 << 20)):
-                    copy.write(part)
-                    if most is not None and copy.tell() > most:
-                        break
-            if most_bytes is not None and copy.tell() > most_bytes:
-                raise BadData(f"{where} has more than {most_bytes:,} bytes")
-            if size is not None and copy.tell() != size:
-                raise OSError(f"{copy.tell():,} of {size:,} bytes came")
-            copy.seek(0)
+            file = closing.enter_context(tempfile.TemporaryFile())
+            if (full := _copy(where, file, size, most_bytes, lambda part: None)) is not None:
+                raise full
+            file.seek(0)
             closing.pop_all()  # whole: it stays open
-        return copy
+        return file
 
-    with on_disk(where, lambda: open_file(path)) if local else retried(where, copied, limited=False) as file:
+    with on_disk(where, lambda: open_file(path)) if local else retried(where, copy, limited=False) as file:
         if most_bytes is not None and file.seek(0, io.SEEK_END) > most_bytes:
             raise BadData(f"{where} has {file.tell():,} bytes, at most {most_bytes:,} allowed")
         file.seek(0)
         yield file
+
+
+def copied(base: str, name: str, to: Path, size: int) -> str:
+    """Copies a remote file of that size to one of this machine, with retries; gives its sha256. Raises BadData; OSError
+    where this machine's disk does not take it."""
+    where = join(base, name)
+
+    def once() -> str | OSError:
+        digest = hashlib.sha256()
+        try:
+            opened = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:  # of this machine: to try again helps nobody
+            return error
+        with open(opened, "wb", buffering=0) as file:  # else the last bytes would be refused when it is closed
+            full = _copy(where, file, size, None, digest.update)
+        return digest.hexdigest() if full is None else full
+
+    done = retried(where, once, limited=False)
+    if isinstance(done, OSError):
+        raise done
+    return done
+
+
+def _copy(
+    where: str, to: IO[bytes], size: int | None, most_bytes: int | None, seen: Callable[[bytes], object]
+) -> OSError | None:
+    """One attempt to copy a remote file. Gives what this machine's disk has against it; raises what the store has."""
+    found, path, _ = filesystem(where)
+    options = {"block_size": 0} if where.startswith(("http:", "https:")) else {}  # else fsspec asks for parts
+    most = most_bytes if most_bytes is not None else size
+    n = 0
+    with found.open(path, "rb", **options) as file:
+        while part := within(READ_TIMEOUT_S, lambda: file.read(1 << 20)):
+            left = memoryview(part)
+            try:
+                while left:  # a disk that is almost full takes a part, and refuses the rest
+                    left = left[to.write(left) :]
+            except OSError as error:
+                return error
+            seen(part)
+            n += len(part)
+            if most is not None and n > most:
+                break
+    if most_bytes is not None and n > most_bytes:
+        raise BadData(f"{where} has more than {most_bytes:,} bytes")
+    if size is not None and n != size:
+        raise OSError(f"{n:,} of {size:,} bytes came")
+    return None
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:

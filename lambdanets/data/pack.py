@@ -367,7 +367,7 @@ def index(
     names = _by_split(base, sizes, unlabelled)
     if not local and out is None:
         raise BadData(f"{base} is not a folder of this machine: say where the index goes with --out FOLDER")
-    known = None if classes is None else _class_names(Path(classes))
+    known = None if classes is None else class_names(Path(classes))
     # Sizes are in the plan: an archive that changes on the way makes it another job.
     plan = {"archives": sizes, "classes": known} | ({"unlabelled": True} if unlabelled else {})
     with_others = 0
@@ -419,7 +419,8 @@ def _index_split(job: Job, split: str, base: str, names: list[str], classes: tup
     return max(int(job.rows(shard)["label"].max()) for shard in job.shards(split))
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
+def class_names(path: Path) -> tuple[str, ...]:
+    """The classes in a text file, a name a line. Raises BadData: it cannot be read, a name twice or none."""
     try:
         names = tuple(line.strip() for line in read_file(path).decode("utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:

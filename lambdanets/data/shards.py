@@ -155,35 +155,46 @@ class ShardImages(Images):
 
     def _bytes(self, index: int) -> bytes:
         shard, start, length = self._shard(index), int(self.starts[index]), int(self.lengths[index])
-        if start + length > shard.bytes or length > _PICTURE_BYTES:  # nothing is made ready for what cannot be
-            found = f"{length:,} bytes from byte {start:,} of {shard.bytes:,}"
-            raise BadData(f"{join(self.base, shard.name)}: the index says {found}: {self._remedy}")
-        return read(self.base, shard.name, start, start + length)
-
-    @property
-    def _remedy(self) -> str:
-        return f"it was changed after it was indexed; compare all: lambdanets index {self.home}"
+        return stored(self.base, shard, start, length, changed(self.home))
 
     def _read(self, index: int) -> tuple[Member, bytes]:
-        shard, start, length = self._shard(index), int(self.starts[index]), int(self.lengths[index])
         coming = self.coming.pop((os.getpid(), index), None)
-        content = memoryview(coming.result() if coming is not None else self._bytes(index))
-        place = 0
-
-        def take(size: int) -> bytes:
-            nonlocal place
-            place += size
-            return bytes(content[place - size : place])
-
-        where = join(self.base, shard.name)
-        member = header(take, where, start)
-        if member is None or member.head_bytes + member.bytes != length:
-            found = "a folder" if member is None else f"{member.name!r} with {member.bytes:,} bytes"
-            raise BadData(f"{where}, byte {start:,}: {found} where the index has {length:,} bytes: {self._remedy}")
-        return member, bytes(content[member.head_bytes :])
+        content = coming.result() if coming is not None else self._bytes(index)
+        where = join(self.base, self._shard(index).name)
+        return picture_in(content, where, int(self.starts[index]), changed(self.home))
 
     def __reduce__(self) -> tuple[Any, ...]:  # to a worker that is not forked; a mapped file would travel as its bytes
         return _again, (f"{STREAM if self.streamed else ''}{self.home}", self.base, self.split)
+
+
+def changed(home: str) -> str:
+    """What is wrong with a shard that is not what the index says, and what to do."""
+    return f"it was changed after it was indexed; compare all: lambdanets index {home}"
+
+
+def stored(base: str, shard: Shard, start: int, length: int, why: str) -> bytes:
+    """The bytes of a picture's member in a shard, header and content. Raises BadData, with `why`, where they cannot be
+    there, and what `read` raises."""
+    if start + length > shard.bytes or length > _PICTURE_BYTES:  # nothing is made ready for what cannot be
+        found = f"{length:,} bytes from byte {start:,} of {shard.bytes:,}"
+        raise BadData(f"{join(base, shard.name)}: the index says {found}: {why}")
+    return read(base, shard.name, start, start + length)
+
+
+def picture_in(content: bytes, where: str, start: int, why: str) -> tuple[Member, bytes]:
+    """The header of a member whose bytes these are, and the picture's file. Raises BadData, with `why`, for others."""
+    view, place = memoryview(content), 0
+
+    def take(size: int) -> bytes:
+        nonlocal place
+        place += size
+        return bytes(view[place - size : place])
+
+    member = header(take, where, start)
+    if member is None or member.head_bytes + member.bytes != len(content):
+        found = "a folder" if member is None else f"{member.name!r} with {member.bytes:,} bytes"
+        raise BadData(f"{where}, byte {start:,}: {found} where the index has {len(content):,} bytes: {why}")
+    return member, bytes(view[member.head_bytes :])
 
 
 def _again(where: str, base: str, split: str) -> Images:

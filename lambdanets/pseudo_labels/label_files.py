@@ -80,13 +80,13 @@ def content_sha256(table: Any) -> str:
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
-        kind = column.type  # of a list without the name of its field, which parquet changes from "item" to "element"
-        text = f"{kind.value_type}[{kind.list_size}]" if hasattr(kind, "list_size") else str(kind)
-        digest.update(f"{name} {text}\n".encode())
+        is_list = hasattr(column.type, "list_size")  # whose type is written in one way before a file, in another after
+        kind = f"{column.type.value_type} {column.type.list_size}" if is_list else str(column.type)
+        digest.update(f"{name} {kind}\n".encode())
         if name == "error":
             digest.update(json.dumps(column.to_pylist()).encode())
         else:
-            values = column.flatten() if hasattr(column.type, "list_size") else column
+            values = column.flatten() if is_list else column
             array = values.to_numpy(zero_copy_only=False)
             digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
@@ -111,7 +111,8 @@ class Labels:
 
     home      the folder or URL
     plan      what decides every value: {teacher: {source, weights_sha256, model, view, classes}, data: {fingerprint,
-              shards, samples}, batch_images, precision, fused, top, hashes, softmax}; no place that may move is in it
+              shards, samples}, batch_images, precision, cpu_threads, fused, top, hashes, softmax}; no place that may
+              move is in it
     places    where teacher and data lay: {teacher, data, allow_sources}
     versions  of the packages that began it
     """
@@ -186,10 +187,10 @@ def _labels(home: str, where: str, content: bytes) -> Labels:
 
 
 def begin(wanted: Labels) -> Labels:
-    """Writes labels.json where there is none; else reads what is there, which must have the same plan.
+    """Writes labels.json where there is none, and reads what is there then; `check_plan` compares the two.
 
-    Of several processes that begin at once one writes. Raises BadData: another plan, with each field that differs; a
-    place that holds something else; a disk that takes nothing.
+    Of several processes that begin at once one writes. Raises BadData: a place that holds something else; a disk that
+    takes nothing.
     """
     home = wanted.home
     _, path, local = filesystem(home)
@@ -201,9 +202,7 @@ def begin(wanted: Labels) -> Labels:
                 _send(home, LABELS_JSON, wanted.json(), exclusive=True)
         except OSError as error:
             raise BadData(_not_written(join(home, LABELS_JSON), wanted.json(), error)) from error
-    held = read_labels(home)  # of a store that let two begin at once, the last one's
-    check_plan(held, wanted)
-    return held
+    return read_labels(home)  # of a store that let two begin at once, the last one's
 
 
 def check_plan(held: Labels, wanted: Labels) -> None:
@@ -291,7 +290,8 @@ def finished(home: str) -> set[str]:
 
         sizes = on_disk(home, listed)
     else:
-        entries = retried(home, lambda: found.ls(path, detail=True, refresh=True))
+        found.invalidate_cache(path)  # else a store's client may tell what it was told before
+        entries = retried(home, lambda: found.ls(path, detail=True))
         sizes = [(str(e["name"]).rpartition("/")[2], int(e.get("size") or 0)) for e in entries]
     return {name for name, size in sizes if name.endswith(SUFFIX) and name[0] != "." and size >= _LEAST_BYTES}
 
@@ -397,7 +397,12 @@ def read_footer(labels: Labels, name: str) -> Footer:
 
     def read() -> Mapping[bytes, bytes]:
         with open_file(path) if local else found.open(path, "rb") as file:
-            return dict(pa.parquet.read_schema(file).metadata or {})
+            try:
+                return dict(pa.parquet.read_schema(file).metadata or {})
+            except OSError as error:
+                if error.errno is not None:  # the system's
+                    raise
+                raise ValueError(str(error)) from error  # pyarrow's own: the content is none of its format
 
     try:
         footer = _footer(on_disk(where, read) if local else retried(where, read))

@@ -146,7 +146,11 @@ def _differing(found: Any, columns: Any) -> list[str]:
     """How a file's columns differ from those of a label file."""
     if found.equals(columns):
         return []
-    theirs, ours = ({column.name: str(column.type) for column in of} for of in (found, columns))
+
+    def kind(of: Any) -> str:  # of a list without the name of its field, which parquet changes
+        return f"{of.value_type}[{of.list_size}]" if hasattr(of, "list_size") else str(of)
+
+    theirs, ours = ({column.name: kind(column.type) for column in of} for of in (found, columns))
     wrong = [
         f"{name} is {theirs.get(name, 'missing')}, not {of}" for name, of in ours.items() if theirs.get(name) != of
     ]

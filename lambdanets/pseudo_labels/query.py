@@ -8,7 +8,7 @@ change them, or give them to DuckDB's own shell: what they need besides is set b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from lambdanets.errors import BadData, need, printable
 from lambdanets.pseudo_labels.label_files import arrow
-from lambdanets.pseudo_labels.label_rows import LabelRows
+from lambdanets.pseudo_labels.label_rows import LabelRows, verified
 
 RULES = ("label", "rank")
 
@@ -97,17 +97,17 @@ def choose(
     if not rows.files:
         raise BadData("no shard is labelled yet: give `lambdanets label` its command again")
     with _connected(rows, spill, memory_gb, threads) as connection:
-        arrow_table = arrow().table
+        table = arrow().table
         paths = [file.path for file in rows.files]
         connection.execute("SET VARIABLE files = $files", {"files": paths})
         connection.execute("SET VARIABLE most_doubt = $most::FLOAT", {"most": float(most_doubt)})
         firsts = np.array([file.first for file in rows.files], np.int64)
-        for name, table in (
-            ("shard", arrow_table({"filename": paths, "first": firsts})),
-            ("excluded", arrow_table({"id": excluded.astype(np.int64)})),
+        for name, given in (
+            ("shard", table({"filename": paths, "first": firsts})),
+            ("excluded", table({"id": excluded.astype(np.int64)})),
         ):
-            connection.register(f"given_{name}", table)
-            connection.execute(f"CREATE TABLE {name} AS FROM given_{name}")
+            connection.register("given", given)
+            connection.execute(f"CREATE TABLE {name} AS FROM given")
         connection.execute(f"CREATE TEMP VIEW candidate AS {CANDIDATES[rule]}")
         counted = connection.execute(COUNTS).fetchnumpy()
         candidates = _by_class(rows, counted["class"], counted["candidates"])
@@ -124,12 +124,14 @@ def choose(
         picked = np.zeros((rows.pictures, -(-rows.top // 8) if rule == "rank" else 1), np.uint8)
         for batch in connection.sql(CHOICE).to_arrow_reader(_BATCH_ROWS):
             ids, place = (batch.column(name).to_numpy() for name in ("id", "place"))
+            if len(ids) and not (ids.min() >= 0 and ids.max() < rows.pictures):
+                raise _damaged(rows, f"a picture's number is outside 0 to {rows.pictures - 1:,}")
             # `at`: a picture of the rule "rank" may be there twice
             np.bitwise_or.at(picked, (ids, place // 8), np.left_shift(1, place % 8).astype(np.uint8))
     found = Choice(per_class, candidates, picked)
     taken = int(np.bitwise_count(picked).sum())
-    if taken != found.rows.sum():  # a row twice, or a batch that was lost: nothing is to be built on that
-        raise RuntimeError(f"DuckDB gave {taken:,} rows where {found.rows.sum():,} were counted")
+    if taken != found.rows.sum():
+        raise _damaged(rows, f"DuckDB gave {taken:,} rows where {found.rows.sum():,} were counted")
     return found
 
 
@@ -139,7 +141,7 @@ def _by_class(
     candidates = np.zeros(len(rows.classes), np.int64)
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(rows.classes)):
         wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise BadData(f"the labels hold a class {wrong}, and the teacher has {len(rows.classes):,}: they were changed")
+        raise _damaged(rows, f"the labels hold a class {wrong}, and the teacher has {len(rows.classes):,}")
     candidates[labels] = counts
     return candidates
 
@@ -161,14 +163,24 @@ def _connected(rows: LabelRows, spill: Path, memory_gb: float, threads: int) -> 
     try:
         yield connection
     except duckdb.Error as error:
-        raise BadData(_why(rows.files, error, spill, memory_gb)) from error
+        raise BadData(_why(rows, error, spill, memory_gb)) from error
     finally:
         connection.close()
 
 
-def _why(files: Sequence[Any], error: Exception, spill: Path, memory_gb: float) -> str:
+def _why(rows: LabelRows, error: Exception, spill: Path, memory_gb: float) -> str:
     text = printable(str(error).partition("\n")[0])
-    if named := next((file for file in files if file.path in str(error)), None):
+    if named := next((file for file in rows.files if file.path in str(error)), None):
         return str(named.refused(text))
     remedy = f"free space where {spill} is, or give a larger --memory-gb than {memory_gb:g}, and give the command again"
-    return f"DuckDB could not select: {text}; {remedy}"
+    return str(_damaged(rows, f"DuckDB could not select: {text}; {remedy}"))
+
+
+def _damaged(rows: LabelRows, otherwise: str) -> BadData:
+    """What is wrong with the first label file that is damaged: DuckDB does not look for it, nor name it always."""
+    for file in rows.files:
+        try:
+            verified(rows.labels, file)
+        except BadData as damage:
+            return damage
+    return BadData(otherwise)

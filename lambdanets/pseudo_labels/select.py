@@ -117,9 +117,9 @@ class Selected:
     def __str__(self) -> str:
         held = self.held
         classes = held["counts"]["classes"]
-        full = sum(of["draws"] > 0 for of in classes)
+        full = sum(n > 0 for n in classes["draws"])
         said = f"{self.place}: {held['draws']:,} draws of {held['rows']:,} pictures"
-        said += f" for {full:,} of {len(classes):,} classes, up to {held['per_class']:,} a class"
+        said += f" for {full:,} of {len(classes['draws']):,} classes, up to {held['per_class']:,} a class"
         said += f"; {held['counts']['labelled']:,} were labelled"
         if left := [f"{n:,} {why.replace('_', ' ')}" for why, n in held["excluded"].items() if n]:
             said += f"; left out: {', '.join(left)}"
@@ -454,7 +454,7 @@ def warnings_of(rows: LabelRows, asked: Asked, choice: Choice, columns: Columns)
         large = [f"{names[at]} ({shares[at]:.1%})" for at in np.argsort(-shares, kind="stable") if shares[at] > bound]
         if large:
             told.append(f"one class has an outsized share of the candidates: {some(large)}; the teacher may be broken")
-    medians = {name: of["median_doubt"] for name, of in zip(names, columns.classes, strict=True) if of["rows"]}
+    medians = {name: n for name, n in zip(names, columns.classes["median_doubt"], strict=True) if n is not None}
     middle = float(np.median(list(medians.values())))
     loose = [f"{name} ({of:.2g})" for name, of in medians.items() if of > _LOOSE * middle]
     if loose and len(medians) > 2:

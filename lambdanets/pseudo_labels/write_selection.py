@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,8 +21,8 @@ MOST_DOUBTFUL = 24
 CONFIDENCE_BINS = 20
 
 _MOST_ROWS = 1 << 32  # `row` has 32 bits
-# Doubts are counted by their exponent and 3 bits of their mantissa, so that a median is right to 12%.
-_DOUBT_SHIFT, _DOUBT_BINS = 20, 1 << 11
+# Doubts are counted by their exponent, from -32 on, and 3 bits of their mantissa: a median is right to 12%.
+_DOUBT_SHIFT, _DOUBT_FIRST, _DOUBT_BINS = 20, (127 - 32) << 3, 32 * 8 + 1
 
 
 class Doubtful(NamedTuple):
@@ -39,7 +38,7 @@ class Doubtful(NamedTuple):
 class Columns(NamedTuple):
     """What was written, and counted on the way.
 
-    classes     a dict a class: candidates, rows, draws, median_doubt of its rows (within 12%; None without rows)
+    classes     candidates, rows, draws, median_doubt of its rows (within 12%; None without rows): a list each
     confidence  rows in each twentieth of 0 to 1
     copies      how often a row is drawn -> rows
     doubtful    the rows of the largest doubt, that first
@@ -49,7 +48,7 @@ class Columns(NamedTuple):
 
     rows: int
     draws: int
-    classes: list[dict[str, Any]]
+    classes: dict[str, list[Any]]
     confidence: list[int]
     copies: dict[str, int]
     doubtful: list[Doubtful]
@@ -132,12 +131,12 @@ def written_columns(rows: LabelRows, choice: Choice, out: Path, rule: str, max_c
             raise RuntimeError(
                 f"{done:,} rows and {tally.draws:,} draws were written, not {n_rows:,} and {draws.sum():,}"
             )
-    classes = [
-        {"candidates": n, "rows": taken, "draws": drawn, "median_doubt": median}
-        for n, taken, drawn, median in zip(
-            choice.candidates.tolist(), choice.rows.tolist(), draws.tolist(), tally.median_doubts(), strict=True
-        )
-    ]
+    classes = {
+        "candidates": choice.candidates.tolist(),
+        "rows": choice.rows.tolist(),
+        "draws": draws.tolist(),
+        "median_doubt": tally.median_doubts(),
+    }
     copied = {str(n): count for n, count in sorted(tally.copies.items())}
     sha256 = {name: of.sha256() for name, of in columns.items()}
     return Columns(
@@ -193,7 +192,8 @@ class _Tally:
         values, counts = np.unique(copies, return_counts=True)
         self.copies.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         doubt = part["doubt"].astype(np.float32)
-        bins = doubt.view(np.uint32) >> _DOUBT_SHIFT  # floats above 0 are in the order of their bits
+        bins = (doubt.view(np.uint32) >> _DOUBT_SHIFT).astype(np.int64)  # floats above 0 are in the order of their bits
+        bins = (bins - _DOUBT_FIRST).clip(0, _DOUBT_BINS - 1)
         np.add.at(self._doubts, (part["label"], bins), 1)
         of = (part["confidence"] * CONFIDENCE_BINS).astype(np.int64).clip(0, CONFIDENCE_BINS - 1)
         self.confidence += np.bincount(of, minlength=CONFIDENCE_BINS)
@@ -210,14 +210,14 @@ class _Tally:
     def doubtful(self) -> list[Doubtful]:
         return sorted(self._most, key=lambda one: (-one.doubt, one.id, one.label))[:MOST_DOUBTFUL]
 
-    def median_doubts(self) -> Sequence[float | None]:
+    def median_doubts(self) -> list[float | None]:
         """The middle of the bin that has a class's median."""
+        found: list[float | None] = [None] * len(self._doubts)
         total = self._doubts.sum(axis=1, dtype=np.int64)
-        found: list[float | None] = []
-        for n, counts in zip(total.tolist(), self._doubts, strict=True):
-            at = int(np.searchsorted(np.cumsum(counts, dtype=np.int64), (n + 1) // 2))
-            middle = np.array([(at << _DOUBT_SHIFT) + (1 << (_DOUBT_SHIFT - 1))], np.uint32).view(np.float32)
-            found.append(float(f"{middle[0]:.3g}") if n else None)
+        for at in np.flatnonzero(total).tolist():
+            middle = int(np.searchsorted(np.cumsum(self._doubts[at], dtype=np.int64), (int(total[at]) + 1) // 2))
+            bits = ((middle + _DOUBT_FIRST) << _DOUBT_SHIFT) + (1 << (_DOUBT_SHIFT - 1))
+            found[at] = float(f"{np.array([bits], np.uint32).view(np.float32)[0]:.3g}")
         return found
 
 

@@ -77,6 +77,8 @@ class Watchdog:
     hang_timeout_s  seconds without `beat()`, once there was one; 0: for ever
     words           what another rank said before it failed, or None
     tell            leaves such a word
+    again           how to go on, for the last line
+    signals         False: those that end a process are somebody else's
     Stacks go to stderr until `write_to` names a file. Signals are caught only where it is made in the main thread.
     """
 
@@ -86,10 +88,13 @@ class Watchdog:
         hang_timeout_s: float,
         words: Callable[[], str | None] = lambda: None,
         tell: Callable[[str], None] = lambda words: None,
+        again: str = "go on with --resume",
+        signals: bool = True,
     ) -> None:
         self.signal: int | None = None
         """The signal that asked the run to stop, or None."""
-        self.hang_timeout_s, self._words, self._tell = hang_timeout_s, words, tell
+        self.hang_timeout_s, self._words, self._tell, self._again = hang_timeout_s, words, tell, again
+        self._signals = _SIGNALS if signals else ()
         self._interruptible = False
         self._own_s = 0.0  # the watch's own time
         self._last_beat_s: float | None = None  # in it
@@ -107,7 +112,7 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._asked)
-                for number in _SIGNALS
+                for number in self._signals
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
             }
         # Loader processes are forks, so they write their stacks to the same place on the same signal.
@@ -240,7 +245,7 @@ class Watchdog:
         self._tell(f"process {os.getpid()}: {why}")
         where = "" if self._stacks is None else f": the stacks are in {self._stacks}"
         with contextlib.suppress(OSError):  # not print, whose lock another thread may hold
-            os.write(2, f"lambdanets: {why}{where}; exit code {code}, go on with --resume\n".encode())
+            os.write(2, f"lambdanets: {why}{where}; exit code {code}, {self._again}\n".encode())
         os._exit(code)
 
 
