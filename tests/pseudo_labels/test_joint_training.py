@@ -430,7 +430,7 @@ def test_a_selection_and_pictures_that_moved_with_equal_content_are_taken_and_sa
     assert lines == want[3]  # what a line says of the steps since the one before, too
 
 
-def test_the_command_trains_resumes_and_refuses(shared_colours, selection, tmp_path, capsys, pages):
+def test_the_command_trains_resumes_and_refuses(shared_colours, selection, unlabelled_shards, tmp_path, capsys, pages):
     small = ["--model", "lambda_resnet_tiny", "--image-px", "8", "--epochs", "1", "--device", "cpu"]
     command = ["train", "--data", str(shared_colours), *small]
     joint = [*command, "--pseudo", str(selection), "--batch-images", "8", "--out", str(tmp_path / "run")]
@@ -451,6 +451,11 @@ def test_the_command_trains_resumes_and_refuses(shared_colours, selection, tmp_p
         (["--pseudo", str(tmp_path), "--batch-images", "8"], "holds no selection.json"),
         (["--pseudo", str(selection), "--batch-images", "64"], "give --batch-images 49 at most"),
         (["--pseudo", str(selection), "--batch-images", "8", "--pseudo-data", str(shared_colours)], "holds no shards"),
+        (
+            ["--pseudo", str(selection), "--batch-images", "8", "--pseudo-data", f"stream:{unlabelled_shards}"],
+            "streamed",
+        ),
+        (["--pseudo", str(selection), "--recipe", "detect"], "a detector learns no pseudo-labels"),
     ):
         assert main([*command, *more, "--out", str(tmp_path / "none")]) == 2
         assert answer in capsys.readouterr().err
