@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lambdanets import __version__
-from lambdanets.commands import check, demo, evaluate, index, label, models, pack, plan, predict, report, train
+from lambdanets.commands import check, demo, evaluate, index, label, models, pack, plan, predict, report, select, train
 from lambdanets.errors import EXIT_CODES_TEXT, exit_code, lost_reader, printable_text
 
 
@@ -121,6 +121,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "pack": (pack, "pack a folder of images into tar shards"),
     "index": (index, "index tar shards, or verify them"),
     "label": (label, "a run labels images that nobody has labelled"),
+    "select": (select, "select pictures to train on from a teacher's labels"),
     "models": (models, "list the models"),
     "plan": (plan, "what a model costs, a stage at a time"),
     "demo": (demo, "train on handwritten digits, then predict some"),

@@ -194,6 +194,17 @@ def shared_colours(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def unlabelled_shards(tmp_path_factory):
+    """24 such pictures in shards, without their labels."""
+    from lambdanets.data.pack import pack
+
+    root = tmp_path_factory.mktemp("unlabelled")
+    write_images(root / "pictures", 8, seed=7)
+    pack(root / "pictures", root / "shards", unlabelled=True)
+    return root / "shards"
+
+
 @pytest.fixture
 def colours(shared_colours, tmp_path):
     """A fresh folder of 24 training and 9 held-out images in 3 classes; a test may break it."""

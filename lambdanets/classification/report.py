@@ -19,10 +19,9 @@ from lambdanets.data.images import Images
 from lambdanets.errors import BadData, BadImage, BadRun, DiskFault, need, some
 from lambdanets.runs import page as pages
 from lambdanets.runs.folder import REPORT
-from lambdanets.runs.page import html_name, src
+from lambdanets.runs.page import THUMBNAIL_PX, html_name, src, thumbnail
 from lambdanets.runs.record import RUN_JSON
 
-_SIDE_PX = 112  # of a thumbnail
 _MISTAKES = 24  # thumbnails in a report
 _STYLE = """
 .mistakes { display: flex; flex-wrap: wrap; gap: 1em } figure { width: 136px }
@@ -35,6 +34,12 @@ _COLUMNS = {
     "train top-1": ("train_top1_frac", "{:.2%}"),
     "held-out top-1": ("val_top1_frac", "{:.2%}"),
 }
+_OF_PSEUDO = {  # where a teacher's labels are learnt, too
+    "loss, labelled": ("loss_labelled", "{:.4f}"),
+    "pseudo-labelled": ("loss_pseudo", "{:.4f}"),
+    "as the teacher": ("pseudo_agree_frac", "{:.1%}"),
+    "classes seen": ("predicted_classes", "{:.1f}"),
+}
 
 
 class Mistake(NamedTuple):
@@ -45,18 +50,6 @@ class Mistake(NamedTuple):
     predicted: str
     loss: float
     picture: bytes | None
-
-
-def thumbnail(image: Image.Image) -> bytes:
-    """At most 112 px a side: a JPEG; as it is, in a PNG, where it is smaller."""
-    content = io.BytesIO()
-    if max(image.size) <= _SIDE_PX:
-        image.save(content, "PNG")
-    else:
-        small = image.convert("RGB")
-        small.thumbnail((_SIDE_PX, _SIDE_PX))
-        small.save(content, "JPEG", quality=85)
-    return content.getvalue()
 
 
 def page(
@@ -97,7 +90,10 @@ def page(
         parts.append(f"<h2>Worst mistakes</h2><p>{said}</p>")
         parts.append(f'<div class="mistakes">{"".join(map(_figure, mistakes))}</div>')
     if history:
-        parts += ["<h2>Epochs and speed</h2>", pages.epochs(history, _COLUMNS)]
+        parts += [
+            "<h2>Epochs and speed</h2>",
+            pages.epochs(history, _COLUMNS | (_OF_PSEUDO if "pseudo" in data else {})),
+        ]
     parts += ["<h2>Recipe</h2>", pages.table(recipe.items())]
     parts += [
         "<h2>Data</h2>",
@@ -120,7 +116,7 @@ def _figure(mistake: Mistake) -> str:
     shown = '<div class="gone">gone</div>'
     if mistake.picture is not None:
         shown = f'<img alt="" {src(mistake.picture)}>'
-        if Image.open(io.BytesIO(mistake.picture)).width <= _SIDE_PX // 2:
+        if Image.open(io.BytesIO(mistake.picture)).width <= THUMBNAIL_PX // 2:
             shown = f'<div class="small">{shown}</div>'
     label, predicted = html_name(mistake.label), html_name(mistake.predicted)
     return (

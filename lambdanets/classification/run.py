@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lambdanets.data.transforms import View
 from lambdanets.errors import printable
 from lambdanets.files import field
 from lambdanets.models.create import create_model
+from lambdanets.recipes.pseudo_labels import Mixture
 from lambdanets.recipes.recipe import Recipe
 from lambdanets.runs import record as run_json
 from lambdanets.runs.checkpoints import is_checkpoint
@@ -39,6 +40,23 @@ def _check(held: dict[str, Any]) -> None:
     if not classes or len(set(classes)) < len(classes):
         raise ValueError("its 'classes' are none, or one of them is there twice")
     field(held["data"], "val_images", int)
+    if "pseudo" in held["data"]:
+        _check_pseudo(field(held["data"], "pseudo", dict))
+        for row in held["history"]:
+            for name in ("loss_labelled", "loss_pseudo", "pseudo_agree_frac", "predicted_classes"):
+                check_number(row, name)
+
+
+def _check_pseudo(held: dict[str, Any]) -> None:
+    """What a run says of the pictures that a teacher labelled for it."""
+    check_types(held, Mixture)
+    for one in fields(Mixture):
+        field(held, one.name, (str, float))
+    for name in ("source", "pictures", "fingerprint"):
+        field(held, name, str)
+    for name in ("rows", "draws"):
+        field(held, name, int)
+    field(held, "held_out_pictures_excluded", bool)
 
 
 def _check_result(held: dict[str, Any], result: dict[str, Any]) -> None:

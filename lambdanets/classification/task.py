@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +17,17 @@ from lambdanets.classification.report import write_report
 from lambdanets.classification.scores import Scores, evaluate
 from lambdanets.data.batches import Batch, Batches
 from lambdanets.data.images import Images
+from lambdanets.data.reading import Draws
 from lambdanets.data.source import DIGITS, absolute, open_source
 from lambdanets.data.transforms import View, mix
-from lambdanets.errors import need
+from lambdanets.errors import BadRun, need
 from lambdanets.files import write_atomically
 from lambdanets.models.create import create_model
 from lambdanets.recipes.recipe import Recipe
 from lambdanets.runs.folder import BAD_SAMPLES, CURVES
 from lambdanets.runs.weights import load_weights
 from lambdanets.training.distributed import Ranks
-from lambdanets.training.task import Found, Place
+from lambdanets.training.task import Counts, Found, Place
 
 
 class _Part(NamedTuple):
@@ -75,7 +75,7 @@ class Classification:
     def open(self) -> int:
         found = open_source(self.data, self.allow_sources)
         self._train_images, self._val_images, self._how, self._ignored = found
-        return len(self._train_images)
+        return min(len(self._train_images), self.recipe.batch_images)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,10 +88,28 @@ class Classification:
         return {"train": self._train_images.stamp(), "val": self._val_images.stamp()}
 
     def make_batches(self, folder: Path, ranks: Ranks) -> None:
+        self.train = self.training_batches(folder, ranks)
+        self.held_out = Batches(
+            self._val_images,
+            self.view,
+            batch_images=self.recipe.eval_batch_images,
+            training=False,
+            workers=self.workers,
+            rank=ranks.rank,
+            ranks=ranks.ranks,
+        )
+
+    def training_batches(self, folder: Path, ranks: Ranks) -> Batches:
+        """Of this rank."""
+        return self._as_trained(Batches, self._train_images, folder, ranks)
+
+    def _as_trained(
+        self, kind: type[Batches], images: Images, folder: Path, ranks: Ranks, draws: Draws | None = None
+    ) -> Batches:
         recipe = self.recipe
-        of_rank = functools.partial(Batches, view=self.view, workers=self.workers, rank=ranks.rank, ranks=ranks.ranks)
-        self.train = of_rank(
-            self._train_images,
+        return kind(
+            images,
+            self.view,
             batch_images=recipe.batch_images,
             training=True,
             seed=self.seed,
@@ -101,9 +119,12 @@ class Classification:
             randaugment_ops=recipe.randaugment_ops,
             randaugment_magnitude=recipe.randaugment_magnitude,
             erase_frac=recipe.erase_frac,
+            workers=self.workers,
             bad_file=folder / BAD_SAMPLES,
+            rank=ranks.rank,
+            ranks=ranks.ranks,
+            draws=draws,
         )
-        self.held_out = of_rank(self._val_images, batch_images=recipe.eval_batch_images, training=False)
 
     def record(self) -> dict[str, Any]:
         data = {
@@ -116,7 +137,12 @@ class Classification:
         return {"view": asdict(self.view), "classes": list(self.classes), "data": data}
 
     def read_record(self, folder: Path) -> dict[str, Any]:
-        return run.read_record(folder)
+        record = run.read_record(folder)
+        if "pseudo" in record["data"]:
+            raise BadRun(
+                f"--resume: the run in {folder} learns from pseudo-labels too: give --pseudo SELECTION as well"
+            )
+        return record
 
     def create_model(self) -> nn.Module:
         recipe = self.recipe
@@ -153,8 +179,14 @@ class Classification:
         loss = F.cross_entropy(logits, part.targets, label_smoothing=smoothing, reduction="sum")
         return Found(loss, {"right": (logits.detach().argmax(dim=1) == part.labels).sum()})
 
-    def train_row(self, counts: dict[str, float], samples: int) -> dict[str, float]:
+    def train_row(self, counts: Counts, samples: int) -> dict[str, float]:
         return {"train_top1_frac": counts.get("right", 0.0) / samples}
+
+    def log_row(self, counts: Counts) -> dict[str, float]:
+        return {}
+
+    def warning(self, history: Sequence[dict[str, Any]]) -> str | None:
+        return None
 
     def said(self, row: dict[str, float]) -> str:
         return f"top-1 {row['train_top1_frac']:.1%}"

@@ -39,6 +39,23 @@ def train(
     BadImage for images that cannot be trained on. The result of a run that is finished already is returned.
     """
     task = Classification(recipe, data, workers=workers, seed=seed, allow_sources=allow_sources)
+    return run_task(
+        recipe, task, out=out, seed=seed, device=device, resume=resume, init_from=init_from, options=options
+    )
+
+
+def run_task(
+    recipe: Recipe,
+    task: Classification,
+    *,
+    out: str | Path | None,
+    seed: int,
+    device: str,
+    resume: bool,
+    init_from: str | Path | None,
+    options: Options | None,
+) -> Result:
+    """What `train` does with its task, and with one that is learnt from more than labelled images."""
     found = loop.train(
         recipe, task, out=out, seed=seed, device=device, resume=resume, init_from=init_from, options=options
     )

@@ -12,6 +12,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from lambdanets.commands.arguments import allow_source, told
 from lambdanets.errors import EXIT_CODES_TEXT
 from lambdanets.recipes.coco import Padding
+from lambdanets.recipes.pseudo_labels import Labels, Mixture
 from lambdanets.recipes.recipe import BatchNorm, Optimizer, Options, Precision, RecipeName
 
 _OF_ANY = (
@@ -23,6 +24,8 @@ _OF_LABELS = (
     "label_smoothing",
 )  # fmt: skip
 _OF_BOXES = ("padding", "scale_jitter", "turns", "detections")
+_OF_MIXTURE = ("pseudo_ratio", "pseudo_labels", "pseudo_temperature")
+_OF_PSEUDO = ("pseudo", "pseudo_data", "unchecked_overlap")
 _OF_COCO = ("annotations", "images_dir", "class_names", "boxes_only", "skip_missing", "init_image_px")
 
 
@@ -60,6 +63,36 @@ def parser() -> ArgumentParser:
     parser.add_argument("--mixup-alpha", type=float, help="0: no mixup; 0.2 is usual")
     parser.add_argument("--cutmix-alpha", type=float, help="0: no cutmix; 1 is usual")
     parser.add_argument("--label-smoothing", type=float, help="share of the target spread over all classes")
+    pseudo = parser.add_argument_group("of pictures that a teacher labelled")
+    pseudo.add_argument(
+        "--pseudo",
+        type=str,
+        metavar="SELECTION",
+        help="the folder of `lambdanets select`: its pictures and those of --data are learnt in every step; an epoch "
+        "is a pass over --data, --batch-images counts both",
+    )
+    pseudo.add_argument(
+        "--pseudo-ratio",
+        type=PositiveFloat,
+        metavar="M",
+        help="such pictures per labelled one (R: not in the paper; 1)",
+    )
+    pseudo.add_argument(
+        "--pseudo-labels",
+        type=Labels,
+        help="the teacher's probabilities, or its first class (R: not in the paper; soft)",
+    )
+    pseudo.add_argument(
+        "--pseudo-temperature", type=PositiveFloat, metavar="T", help="of soft ones: p^(1/T), divided by the sum (1)"
+    )
+    pseudo.add_argument(
+        "--pseudo-data", type=str, metavar="SHARDS", help="where the selection's pictures lie now, if they moved"
+    )
+    pseudo.add_argument(
+        "--unchecked-overlap",
+        action="store_true",
+        help="go on though SELECTION was made without --exclude of --data: held-out pictures may be in it",
+    )
     boxes = parser.add_argument_group("of detectors")
     boxes.add_argument("--annotations", type=str, metavar="FILE", help="one COCO file, in any place, instead of --data")
     boxes.add_argument(
@@ -120,7 +153,7 @@ def run(given: Namespace) -> int:
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     how: dict[str, Any] = {"device": given.device, "workers": given.workers, "resume": given.resume, "options": options}
     asked = ("recipe", "model", "image_px", "data", "init_from", "seed", "small")
-    changed = any(told(given, asked + _OF_ANY + _OF_LABELS + _OF_BOXES + _OF_COCO))
+    changed = any(told(given, asked + _OF_ANY + _OF_LABELS + _OF_MIXTURE + _OF_BOXES + _OF_COCO))
     try:
         begun = begun_task(given.out) if given.resume and given.out is not None else None
     except OSError as error:
@@ -135,7 +168,14 @@ def run(given: Namespace) -> int:
         remedy = "give --data FOLDER, or try --small on the digits"
         raise recipes.BadRecipe(f"--recipe {given.recipe} learns from a folder of images: {remedy}")
     if given.recipe in ("detect", "table6") or given.annotations is not None or _is_coco(given):
+        for name in told(given, _OF_PSEUDO + _OF_MIXTURE):
+            raise recipes.BadRecipe(
+                f"--{name.replace('_', '-')} is of classification: a detector learns no pseudo-labels"
+            )
         return _detector(given, how)
+    if given.pseudo is None:
+        for name in told(given, _OF_PSEUDO + _OF_MIXTURE):
+            raise recipes.BadRecipe(f"--{name.replace('_', '-')} goes with --pseudo SELECTION: give both")
     for name in told(given, _OF_BOXES + _OF_COCO):
         raise recipes.BadRecipe(
             f"--{name.replace('_', '-')} is of detectors, which learn from --data with COCO files"
@@ -148,10 +188,23 @@ def run(given: Namespace) -> int:
         small=given.small,
         **{name: given[name] for name in _OF_ANY + _OF_LABELS},
     )
+    how |= {
+        "out": given.out,
+        "seed": given.seed or 0,
+        "init_from": given.init_from,
+        "allow_sources": given.allow_source,
+    }
+    if given.pseudo is not None:
+        from lambdanets.pseudo_labels import train as joint
+
+        mixture = Mixture(**{name.removeprefix("pseudo_"): given[name] for name in told(given, _OF_MIXTURE)})
+        return _show(
+            joint.train(recipe, given.data, given.pseudo, mixture, pictures=given.pseudo_data,
+                        unchecked_overlap=given.unchecked_overlap, **how)
+        )  # fmt: skip
     from lambdanets.classification.train import train
 
-    how["allow_sources"] = given.allow_source
-    return _show(train(recipe, given.data, out=given.out, seed=given.seed or 0, init_from=given.init_from, **how))
+    return _show(train(recipe, given.data, **how))
 
 
 def _is_coco(given: Namespace) -> bool:
@@ -172,7 +225,20 @@ def _is_coco(given: Namespace) -> bool:
 
 
 def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
-    """The run in --out, as it was asked for."""
+    """The run in --out, as it was asked for; what it reads may have moved."""
+    from lambdanets.errors import BadRun
+
+    if task != "detection":
+        from lambdanets.pseudo_labels import train as joint
+
+        how |= {"out": given.out, "allow_sources": given.allow_source}
+        both = joint.recorded(given.out, given.allow_source, selection=given.pseudo, pictures=given.pseudo_data)
+        if both is not None:
+            return _show(joint.train(**both._asdict(), **how))
+    for name in told(given, _OF_PSEUDO):
+        raise BadRun(
+            f"--resume: the run in {given.out} learns without pseudo-labels: leave --{name.replace('_', '-')} out"
+        )
     if task == "detection":
         from lambdanets.detection import train as detection
 
@@ -188,8 +254,7 @@ def _again(given: Namespace, task: str, how: dict[str, Any]) -> int:
     found = classification.recorded(given.out, given.allow_source)
     assert found is not None
     recipe_of_labels, data, seed, init_from = found
-    how["allow_sources"] = given.allow_source
-    return _show(classification.train(recipe_of_labels, data, out=given.out, seed=seed, init_from=init_from, **how))
+    return _show(classification.train(recipe_of_labels, data, seed=seed, init_from=init_from, **how))
 
 
 def _detector(given: Namespace, how: dict[str, Any]) -> int:

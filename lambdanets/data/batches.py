@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lambdanets.data.images import Images, check_labels
-from lambdanets.data.reading import PictureBatches
+from lambdanets.data.reading import Draws, PictureBatches
 from lambdanets.data.transforms import View, training_transform
 
 
@@ -66,6 +66,7 @@ class Batches(PictureBatches[Batch]):
         bad_file: Path | None = None,
         rank: int = 0,
         ranks: int = 1,
+        draws: Draws | None = None,
     ) -> None:
         transform: Callable[[Image.Image], Tensor] = view.evaluate
         if training:
@@ -90,6 +91,7 @@ class Batches(PictureBatches[Batch]):
             bad_file=bad_file,
             rank=rank,
             ranks=ranks,
+            draws=draws,
         )
         check_labels(images)
         self.view = view

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lambdanets.data.archive import on_disk
 from lambdanets.data.decode import open_image
 from lambdanets.data.images import FolderData, Ignored, Images
 from lambdanets.data.listing import LAYOUTS, Listing, _folders, _parts, passed_over
 from lambdanets.data.order import hash_of
 from lambdanets.errors import SHOWN, BadData, DiskFault, some
+from lambdanets.files import read_file
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +35,10 @@ class _Files(Images):
             sizes.update(b"%d\n" % size)
             times.update(b"%d %d\n" % (size, time_ns))
         return {"sizes": sizes.hexdigest(), "times": times.hexdigest()}
+
+    def content(self, index: int) -> bytes:
+        path = self.root / self.names[index]
+        return on_disk(str(path), lambda: read_file(path))
 
     def load(self, index: int) -> Image.Image:
         return open_image(self.root / self.names[index], name=self.names[index])

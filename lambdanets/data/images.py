@@ -40,6 +40,10 @@ class Images(ABC):
     def load(self, index: int) -> Image.Image:
         """The picture, mode "RGB" or "L"; raises BadImage."""
 
+    def content(self, index: int) -> bytes | None:
+        """The bytes of the picture's file, whatever is in it; None where it has none. Raises DiskFault or BadData."""
+        return None
+
     def expect(self, ids: Sequence[int]) -> None:  # noqa: B027  # sets on a disk do nothing
         """These will be loaded next, in this process: a remote set begins to fetch them."""
 

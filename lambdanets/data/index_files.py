@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import threading
@@ -60,14 +61,18 @@ def file_beside(home: str, held: Manifest, name: str) -> Path:
 _PARSER = threading.Lock()
 
 
-def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: str) -> np.ndarray[Any, Any]:
-    """A .npy file of unknown origin, mapped, if it holds n values of that type. Raises BadData with `remedy`."""
+def array(
+    path: str | Path, where: str, dtype: np.dtype[Any], n: int | tuple[int, ...], remedy: str
+) -> np.ndarray[Any, Any]:
+    """A .npy file of unknown origin, mapped, if it holds n values of that type, or that shape row by row. Raises
+    BadData with `remedy`."""
+    wanted = (n,) if isinstance(n, int) else n
     try:
         with on_disk(where, lambda: open_file(path)) as file:
             if np.lib.format.read_magic(file) != (1, 0):  # whose header has at most 65,535 bytes
                 raise ValueError("its header is not that of version 1.0")
             with _PARSER:
-                shape, _, found = np.lib.format.read_array_header_1_0(file)
+                shape, by_columns, found = np.lib.format.read_array_header_1_0(file)
             start, size = file.tell(), os.fstat(file.fileno()).st_size
         if found.hasobject:
             raise ValueError("it holds pickled objects")
@@ -77,11 +82,13 @@ def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: st
         raise DiskFault(where, f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # numpy parses Python there: SyntaxError, TokenError, RecursionError ...
         raise BadData(f"{where} is no index: {printable(error)[:200]}; {remedy}") from error
-    if shape != (n,) or found != dtype:
-        raise BadData(f"{where} holds {found} {str(shape)[:60]} instead of {dtype} ({n},): it belongs to other shards")
-    if size != start + n * dtype.itemsize:
-        raise BadData(f"{where} has {size:,} bytes, where {n:,} samples take {start + n * dtype.itemsize:,}; {remedy}")
-    return np.memmap(path, dtype, "r", offset=start, shape=(n,))
+    if shape != wanted or found != dtype or (by_columns and len(wanted) > 1):
+        raise BadData(
+            f"{where} holds {found} {str(shape)[:60]} instead of {dtype} {wanted}: it belongs to other shards"
+        )
+    if size != start + (needed := math.prod(wanted) * dtype.itemsize):
+        raise BadData(f"{where} has {size:,} bytes, where {wanted[0]:,} samples take {start + needed:,}; {remedy}")
+    return np.memmap(path, dtype, "r", offset=start, shape=wanted)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -36,6 +36,41 @@ _SUBSTITUTES = 100  # tries before a sample is given up: all bad by chance at 1e
 B = TypeVar("B")
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Which pictures the slots of a training batch show, what these draw, and who stands in for an unreadable one.
+
+    A slot is whatever says so, picklable: here a picture's id. All of it is a function of (seed, epoch, slot): of no
+    process, worker or rank. Other rules are other classes with these methods.
+
+    n_images      of the data set
+    batch_images  of a batch, all ranks together
+    """
+
+    n_images: int
+    batch_images: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return max(1, self.n_images // self.batch_images)
+
+    def slots(self, epoch: int, batch: int, part: range) -> list[Any]:
+        """Those at these places of a batch."""
+        first = batch * self.batch_images
+        return list(Order(self.n_images, seed=self.seed, epoch=epoch)[first + part.start : first + part.stop].tolist())
+
+    def augments(self, epoch: int, slot: Any) -> int:
+        """The seed of what a slot draws."""
+        return hash_of("augment", self.seed, epoch, slot)
+
+    def candidate(self, epoch: int, slot: Any, attempt: int) -> int:
+        """The id of the picture that a slot shows; from attempt 1 on, of one in its stead."""
+        if not attempt:
+            return int(slot)
+        return hash_of("substitute", self.seed, epoch, slot, attempt - 1) % self.n_images
+
+
 class _Result(NamedTuple):
     found: Any | BadImage | BadData  # an error is a value here: raised in a worker it would arrive as a wall of text
     bad: dict[str, str]
@@ -43,19 +78,19 @@ class _Result(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reader:
-    """(epoch, ids) -> their batch: the part that runs in a worker, and remembers nothing."""
+    """(epoch, slots) -> their batch: the part that runs in a worker, and remembers nothing."""
 
     images: Images
     prepare: Callable[[Image.Image, int, int], Any]
     join: Callable[[list[Any], list[int]], Any]
     training: bool
-    seed: int
+    draws: Draws
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> _Result:
-        epoch, ids = key
+    def __getitem__(self, key: tuple[int, list[Any]]) -> _Result:
+        epoch, slots = key
         bad: dict[str, str] = {}
-        self.images.expect(ids)
-        return self._batch(epoch, ids, (self._readable(epoch, index, bad) for index in ids), bad)
+        self.images.expect([self.draws.candidate(epoch, slot, 0) for slot in slots])
+        return self._batch(epoch, slots, (self._readable(epoch, slot, bad) for slot in slots), bad)
 
     def streamed(self, key: tuple[int, list[int]], source: Iterator[Streamed]) -> _Result:
         """As many pictures, with the seeds of these ids: in training the next that can be read, else these very ids."""
@@ -64,14 +99,14 @@ class _Reader:
         return self._batch(epoch, ids, (self._next_readable(index, source, bad) for index in ids), bad)
 
     def _batch(
-        self, epoch: int, ids: list[int], pictures: Iterator[tuple[Image.Image, int, int]], bad: dict[str, str]
+        self, epoch: int, slots: list[Any], pictures: Iterator[tuple[Image.Image, int, int]], bad: dict[str, str]
     ) -> _Result:
         samples, used = [], []
         # timm's RandAugment draws from all three, the last one in its legacy form.
         ambient = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
-            for index, (image, found, label) in zip(ids, pictures, strict=True):
-                seed = hash_of("augment", self.seed, epoch, index)
+            for slot, (image, found, label) in zip(slots, pictures, strict=True):
+                seed = self.draws.augments(epoch, slot)
                 torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reaches for the accelerators
                 random.seed(seed)
                 np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -85,10 +120,10 @@ class _Reader:
             np.random.set_state(ambient[2])  # noqa: NPY002
         return _Result(self.join(samples, used), bad)
 
-    def _readable(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[Image.Image, int, int]:
-        """The picture, its id and label; in training the first readable of a sequence fixed by (seed, epoch, index)."""
-        candidate = index
+    def _readable(self, epoch: int, slot: Any, bad: dict[str, str]) -> tuple[Image.Image, int, int]:
+        """The picture, its id and label; in training the first readable of a sequence fixed by (seed, epoch, slot)."""
         for attempt in range(_SUBSTITUTES):
+            candidate = self.draws.candidate(epoch, slot, attempt)
             try:
                 return self.images.load(candidate), candidate, int(self.images.labels[candidate])
             except BadImage as error:
@@ -99,8 +134,8 @@ class _Reader:
                 if error.errno is None:
                     raise
                 raise DiskFault(self.images.names[candidate], f"cannot be read: {error.strerror}") from error
-            candidate = hash_of("substitute", self.seed, epoch, index, attempt) % len(self.images)
-        raise BadData(f"{self.images.names[index]} and {_SUBSTITUTES - 1} substitutes in a row cannot be read")
+        first = self.images.names[self.draws.candidate(epoch, slot, 0)]
+        raise BadData(f"{first} and {_SUBSTITUTES - 1} substitutes in a row cannot be read")
 
     def _next_readable(
         self, index: int, source: Iterator[Streamed], bad: dict[str, str]
@@ -127,7 +162,7 @@ class _Stream(IterableDataset[_Result]):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         keys = self.keys
         images = cast(ShardImages, self.reader.images)
-        seeds = keys.seed, keys.epoch, keys.first_batch, keys.rank, number
+        seeds = keys.draws.seed, keys.epoch, keys.first_batch, keys.rank, number
         source = stream(images, *seeds, resampled=keys.training)
         for key in itertools.islice(keys, number, None, workers):
             yield self.reader.streamed(key, source)
@@ -135,31 +170,31 @@ class _Stream(IterableDataset[_Result]):
 
 @dataclass
 class _Keys:
-    """(epoch, this rank's ids) of each batch of the epoch under way, made when it is asked for."""
+    """(epoch, this rank's slots) of each batch of the epoch under way, made when it is asked for."""
 
-    n_images: int
-    batch_images: int
+    draws: Draws
     training: bool
-    seed: int
     rank: int
     ranks: int
     epoch: int = 0
     first_batch: int = 0
 
     def __len__(self) -> int:
-        n, b = self.n_images, self.batch_images
         if self.training:
-            return max(1, n // b)
+            return len(self.draws)
+        n, b = self.draws.n_images, self.draws.batch_images
         return n // b * bool(self._part(b)) + bool(self._part(n % b))
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        epoch, n, b = self.epoch, self.n_images, self.batch_images
-        order = Order(n, seed=self.seed, epoch=epoch)
-        for batch in range(self.first_batch, max(1, n // b) if self.training else -(-n // b)):
-            part = self._part(min(b, n - batch * b))
+    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+        epoch, draws, b = self.epoch, self.draws, self.draws.batch_images
+        if self.training:
+            for batch in range(self.first_batch, len(draws)):
+                yield epoch, draws.slots(epoch, batch, self._part(b))
+            return
+        for first in range(self.first_batch * b, draws.n_images, b):
+            part = self._part(min(b, draws.n_images - first))
             if part:
-                mine = slice(batch * b + part.start, batch * b + part.stop)
-                yield epoch, order[mine].tolist() if self.training else list(range(mine.start, mine.stop))
+                yield epoch, list(range(first + part.start, first + part.stop))
 
     def _part(self, batch_images: int) -> range:
         """Which images of a batch of that many this rank reads."""
@@ -173,7 +208,7 @@ class PictureBatches(Generic[B]):
     prepare       (picture, its id, its label) -> a sample; what it draws from torch, random and numpy.random is a
                   function of (seed, epoch, id)
     join          (samples, their ids) -> a batch, which has `ids`
-    batch_images  images in a batch, of all ranks together
+    batch_images  images in a batch, of all ranks together; afterwards, of training, what a full one has
     training      False: every image once, in order; an unreadable one raises BadImage.  True: shuffled, augmented,
                   unreadable ones replaced, every batch full (a set smaller than a batch is one smaller batch).
                   Unreadable is what has the wrong content; a fault of the disk raises DiskFault in both
@@ -184,6 +219,7 @@ class PictureBatches(Generic[B]):
     rank, ranks   this process reads its part of each batch: images rank * b // ranks to (rank + 1) * b // ranks of the
                   b in it, so another number of ranks sees the same batches.  In evaluation the parts may differ in
                   length, and an empty one is left out
+    draws         of training, another rule than `Draws` of all images, once an epoch each
     """
 
     bad: dict[str, str]
@@ -203,6 +239,7 @@ class PictureBatches(Generic[B]):
         bad_file: Path | None = None,
         rank: int = 0,
         ranks: int = 1,
+        draws: Draws | None = None,
     ) -> None:
         if batch_images < 1 or workers < 0 or not 0 <= max_bad_frac <= 1:
             asked = f"batch_images is {batch_images}, workers {workers}, max_bad_frac {max_bad_frac}"
@@ -211,17 +248,20 @@ class PictureBatches(Generic[B]):
             raise ValueError(f"rank is {rank} of {ranks} ranks: 0 or more, and below the number of ranks")
         if len(images) < 1 + training:  # batch norm on a 1 x 1 map cannot use a batch of one
             raise BadData(f"{len(images)} image(s) to {'train on: two' if training else 'evaluate: one'} at least")
-        if training and min(batch_images, len(images)) < ranks:
+        if training:
+            draws = draws or Draws(len(images), min(batch_images, len(images)), seed)
+        if draws is not None and draws.batch_images < ranks:
             asked = f"batch_images is {batch_images}, of {len(images):,} images, for {ranks} ranks"
             raise ValueError(f"{asked}: every rank needs one at least; ask for larger batches or fewer ranks")
         self.rank, self.ranks, self.workers = rank, ranks, workers
-        self.images, self.batch_images, self.training = images, batch_images, training
+        draws = draws or Draws(len(images), batch_images, seed)
+        self.images, self.batch_images, self.training = images, draws.batch_images, training
         self.seed, self.max_bad_frac, self.bad_file = seed, max_bad_frac, bad_file
         self.bad = {}
         self._unlisted: dict[str, str] = {}  # waits for a disk that takes it
         self._said: set[str] = set()
-        self._reader = _Reader(images, prepare, join, training, seed)
-        self._keys = _Keys(len(images), batch_images, training, seed, rank, ranks)  # the sampler of the loader below
+        self._reader = _Reader(images, prepare, join, training, draws)
+        self._keys = _Keys(draws, training, rank, ranks)  # the sampler of the loader below
         self._epochs_started = 0
         self._source: Iterable[_Result] | None = None
         if workers:
@@ -296,12 +336,20 @@ class PictureBatches(Generic[B]):
         self.bad.update(new)
         self._unlisted.update(new)
         self._list()
-        allowed = max(1, int(self.max_bad_frac * len(self.images)))
-        if len(self.bad) > allowed:
-            found = f"{len(self.bad):,} of {len(self.images):,} training images cannot be read, {allowed:,} allowed"
+        for what, n, bad in self._kinds():
+            self._check_bad(what, n, bad)
+
+    def _kinds(self) -> list[tuple[str, int, dict[str, str]]]:
+        """Of each kind of image that has a bound of its own: what it is called, how many there are, the bad ones."""
+        return [("training images", len(self.images), self.bad)]
+
+    def _check_bad(self, what: str, n: int, bad: dict[str, str]) -> None:
+        allowed = max(1, int(self.max_bad_frac * n))
+        if len(bad) > allowed:
+            found = f"{len(bad):,} of {n:,} {what} cannot be read, {allowed:,} allowed"
             written = self.bad_file is not None and not self._unlisted
             listed = f" (listed in {self.bad_file})" if written else ""
-            first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.bad.items())[:SHOWN])
+            first = "".join(f"\n  {name}: {reason}" for name, reason in list(bad.items())[:SHOWN])
             remedy = f"repair or remove them{listed}, or raise max_bad_frac (now {self.max_bad_frac})"
             raise BadData(f"{found}: {remedy}; the first:{first}")
 

@@ -108,6 +108,9 @@ class ShardImages(Images):
         member, content = self._read(index)
         return self.called(index, member.name), content
 
+    def content(self, index: int) -> bytes:
+        return self.read(index)[1]
+
     def label_parts(self) -> Iterator[np.ndarray[Any, np.dtype[np.integer[Any]]]]:
         """Read, not mapped: pages of a mapped file that were touched count as memory of this process."""
         if not isinstance(self.labels, np.memmap):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from lambdanets.files import to_stderr
 from lambdanets.recipes.coco import DetectionRecipe
 from lambdanets.runs.folder import BAD_SAMPLES
 from lambdanets.training.distributed import Ranks
-from lambdanets.training.task import Found, Place
+from lambdanets.training.task import Counts, Found, Place
 
 _FEW_FOR_NORMS = 8  # images a process, under which its own statistics ruin a detector
 
@@ -81,7 +81,7 @@ class Detection:
         recipe = self.recipe
         self._data = self.source.open(Wishes(self.source.skip_missing, False, recipe.image_px, recipe.detections))
         self.best = "val_mask_ap" if self.masks and self._data.val.has_masks else "val_box_ap"
-        return len(self._data.train)
+        return min(len(self._data.train), recipe.batch_images)
 
     def fingerprint(self) -> dict[str, str]:
         return {"train": self._data.train.fingerprint(), "val": self._data.val.fingerprint()}
@@ -178,8 +178,14 @@ class Detection:
         total: Tensor = torch.stack(list(losses.values())).sum()
         return Found(total * n, counts)
 
-    def train_row(self, counts: dict[str, float], samples: int) -> dict[str, float]:
+    def train_row(self, counts: Counts, samples: int) -> dict[str, float]:
         return {f"train_{name}": value / samples for name, value in counts.items()}
+
+    def log_row(self, counts: Counts) -> dict[str, float]:
+        return {}
+
+    def warning(self, history: Sequence[dict[str, Any]]) -> str | None:
+        return None
 
     def said(self, row: dict[str, float]) -> str:
         return losses_said({name.removeprefix("train_"): value for name, value in row.items()}, 3)

@@ -397,7 +397,12 @@ def read_footer(labels: Labels, name: str) -> Footer:
 
     def read() -> Mapping[bytes, bytes]:
         with open_file(path) if local else found.open(path, "rb") as file:
-            return dict(pa.parquet.read_schema(file).metadata or {})
+            try:
+                return dict(pa.parquet.read_schema(file).metadata or {})
+            except OSError as error:
+                if error.errno is not None:  # the system's
+                    raise
+                raise ValueError(str(error)) from error  # pyarrow's own: the content is none of its format
 
     try:
         footer = _footer(on_disk(where, read) if local else retried(where, read))

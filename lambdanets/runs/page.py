@@ -16,6 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from lambdanets import errors
 from lambdanets.errors import BadRun, printable, printable_text
 from lambdanets.files import field, json_object, open_file, write_atomically
@@ -26,6 +28,7 @@ _EPOCHS = 60  # rows of the table of epochs
 _STRETCHES = 400  # points of a curve by steps
 _LINES_BYTES = 256 << 20  # of a file of lines that a page reads; the rest of a larger one is left out
 _LINE_BYTES = 1 << 20
+THUMBNAIL_PX = 112
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 1060px; margin: 2em auto;
@@ -89,7 +92,7 @@ def head(record: dict[str, Any], title: str, notes: Iterable[str]) -> Iterator[s
     yield f"<p>{html(f'{state}; seed {seed}, on {device}')}</p>"
     if record["status"] in ("stopped", "interrupted") and record.get("error"):
         yield f'<p class="warn">{html(_sentence(record["error"]))}</p>'
-    for note in notes:
+    for note in (*notes, *record.get("warnings", [])):
         yield f'<p class="warn">{html(note)}</p>'
 
 
@@ -203,6 +206,18 @@ def src(picture: bytes) -> str:
     """The attribute of an <img> that holds a PNG or JPEG."""
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return f'src="data:image/{kind};base64,{base64.b64encode(picture).decode()}"'
+
+
+def thumbnail(image: Image.Image, side_px: int = THUMBNAIL_PX) -> bytes:
+    """At most that many pixels a side: a JPEG; as it is, in a PNG, where it is smaller."""
+    content = io.BytesIO()
+    if max(image.size) <= side_px:
+        image.save(content, "PNG")
+    else:
+        small = image.convert("RGB")
+        small.thumbnail((side_px, side_px))
+        small.save(content, "JPEG", quality=85)
+    return content.getvalue()
 
 
 def write_page(folder: Path, text: str) -> Path:

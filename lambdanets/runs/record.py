@@ -126,6 +126,8 @@ def _check(
                 check_number(held, name)
         if "data_wait_s" in held:
             check_number(held, "data_wait_s")
+    if "warnings" in record:
+        strings(record, "warnings")
     check(record)
 
 

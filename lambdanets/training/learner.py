@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from lambdanets.data.order import hash_of
@@ -25,7 +26,7 @@ from lambdanets.training import optim
 from lambdanets.training.distributed import Ranks, gathered, part_like
 from lambdanets.training.ema import RunningAverage
 from lambdanets.training.sync_batch_norm import sync_batch_norm
-from lambdanets.training.task import Place, Task
+from lambdanets.training.task import Counts, Place, Task
 
 _COMPUTED_IN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,14 +36,14 @@ class Gradients:
     """What `Learner.gradients` found.
 
     loss_sum   summed over this rank's samples
-    counts     the task's, summed over them
+    counts     the task's, summed over them: numbers, and lists of them
     norm       of the gradient of the mean loss over the batch of all ranks, before clipping; equal on every rank
     scale      what the loss was multiplied with, 1 but for float16. A norm that is not finite while the loss is, at a
                scale above 1, is the scale's fault: the step is to be left out, and the next one has half the scale
     """
 
     loss_sum: float
-    counts: dict[str, float]
+    counts: Counts
     norm: float
     scale: float
 
@@ -167,8 +168,10 @@ class Learner:
         self._unscaled = True
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         total_norm = gathered(total_norm).to(total)
-        loss_sum, norm, *summed = torch.stack([total, total_norm, *counts.values()]).tolist()  # one wait for the device
-        return Gradients(loss_sum, dict(zip(counts, summed, strict=True)), norm, self.scaler.get_scale())
+        every = [total, total_norm, *counts.values()]
+        parts_of_all = torch.cat([t.reshape(-1) for t in every]).cpu().split([t.numel() for t in every])  # one wait
+        loss_sum, norm, *sums = (part.view(t.shape).tolist() for t, part in zip(every, parts_of_all, strict=True))
+        return Gradients(loss_sum, dict(zip(counts, sums, strict=True)), norm, self.scaler.get_scale())
 
     def _computed(self, *inputs: Any) -> Any:
         """The model's answer, in the precision of the recipe."""
@@ -290,7 +293,8 @@ class RunState:
     epoch: int = 0
     batch: int = 0
     seen: int = 0
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
+    logged: Counts = field(default_factory=dict)  # the counts at the last line of the log
     loss_sum: float = 0.0
     train_s: float = 0.0
     wait_s: float = 0.0
@@ -306,3 +310,23 @@ class RunState:
         if "right" in held:
             held["counts"] = {"right": held.pop("right")}
         return cls(**held)
+
+    def learnt_from(self, samples: int, loss_sum: float, counts: Counts) -> None:
+        """Of a step, all ranks together."""
+        self.seen, self.loss_sum, self.left_out_in_a_row = self.seen + samples, self.loss_sum + loss_sum, 0
+        for name, count in counts.items():
+            self.counts[name] = tree_map(operator.add, self.counts[name], count) if name in self.counts else count
+
+    def since_logged(self) -> Counts:
+        """The counts of the steps since this was asked last, in this epoch."""
+        before, self.logged = self.logged, dict(self.counts)
+        return {
+            name: tree_map(operator.sub, count, before[name]) if name in before else count
+            for name, count in self.counts.items()
+        }
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Its line of the history; what is summed over an epoch begins anew."""
+        self.history.append(row)
+        self.epoch, self.batch, self.seen, self.counts, self.logged = self.epoch + 1, 0, 0, {}, {}
+        self.loss_sum, self.train_s, self.wait_s = 0.0, 0.0, 0.0

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lambdanets.errors import SHOWN, BadRun, EvaluationStopped, NonFiniteLoss, Terminated, lost_reader, printable, some
 from lambdanets.files import to_stderr, write_json
@@ -139,7 +140,7 @@ def _begun(
         learner = Learner(
             recipe,
             start.task,
-            batch_images=min(recipe.batch_images, len(start.task.train.names)),
+            batch_images=start.task.train.batch_images,
             seed=seed,
             device=start.device,
             ranks=ranks,
@@ -181,7 +182,6 @@ class _Run:
         self.record, self.folder, self.store = start.record, start.folder, store
         self.at = RunState()
         self.epochs, self.total_steps, self.warmup_steps = recipe.length(len(batches))
-        self.batch_images = min(recipe.batch_images, len(batches.names))
         self.unwritten = 0  # epochs since the one whose weights are on the disk
         self.between_steps = True  # the state is that of a whole number of steps
         self.bad = 0  # of the samples in `batches.bad`, those that came before the last whole step
@@ -217,7 +217,7 @@ class _Run:
             with self.ranks.together():
                 if self.ranks.first:
                     self.log = Log(self.folder, first_step=at.step, tensorboard=self.options.tensorboard)
-                    self.progress = Progress(self.epochs, len(self.batches) * self.batch_images)
+                    self.progress = Progress(self.epochs, len(self.batches) * self.batches.batch_images)
                     self._write_record()
             while at.epoch < self.epochs:
                 scores = self._epoch()
@@ -277,11 +277,10 @@ class _Run:
             "data_wait_s": round(at.wait_s, 3),
             "images_per_s": round(at.seen / at.train_s, 1),
         }
-        at.history.append(row)
-        at.epoch, at.batch, at.seen, at.counts = at.epoch + 1, 0, 0, {}
-        at.loss_sum, at.train_s, at.wait_s = 0.0, 0.0, 0.0
+        at.end_epoch(row)
         with self.ranks.together():
             if self.ranks.first:
+                self._warn(self.task.warning(at.history))
                 self._write_weights()
                 assert self.progress is not None
                 assert self.log is not None
@@ -292,6 +291,12 @@ class _Run:
         if any(self._marks()):
             self._save()
         return scores
+
+    def _warn(self, said: str | None) -> None:
+        """On stderr, and in run.json, where it stays; what stands there is not said again."""
+        if said is not None and said not in self.record.setdefault("warnings", []):
+            self.record["warnings"].append(said)
+            to_stderr(said)
 
     def _marks(self) -> tuple[bool, bool]:
         """Whether a checkpoint of this moment is of the best epoch so far, and a milestone."""
@@ -331,14 +336,12 @@ class _Run:
         at, ranks = self.at, self.ranks
         lr = self._rate(at.step)
         found = self.learner.gradients(batch, at.step)
-        loss_sum, seen, waited_s, *summed = ranks.sum(found.loss_sum, len(batch.ids), wait_s, *found.counts.values())
+        numbers, form = tree_flatten(found.counts)
+        loss_sum, seen, waited_s, *summed = ranks.sum(found.loss_sum, len(batch.ids), wait_s, *numbers)
         loss = loss_sum / seen
         if math.isfinite(loss) and math.isfinite(found.norm):
             self.learner.apply(at.step, lr, found.norm)
-            at.left_out_in_a_row = 0
-            at.seen, at.loss_sum = at.seen + int(seen), at.loss_sum + loss_sum
-            for name, count in zip(found.counts, summed, strict=True):
-                at.counts[name] = at.counts.get(name, 0.0) + count
+            at.learnt_from(int(seen), loss_sum, tree_unflatten(summed, form))
         else:
             self._not_finite(batch, found, loss)
             self.learner.leave_out()
@@ -348,10 +351,10 @@ class _Run:
             said = self.task.said(self.task.train_row(at.counts, shown))
             self.progress.step(int(seen), at.epoch, at.loss_sum / shown, said)
             if at.step % self.options.log_steps == 0 or at.batch == len(self.batches):
-                speed = at.seen / at.train_s if at.train_s else 0.0
                 self.log.write(
-                    at.step - 1, loss=loss, lr=lr, norm=found.norm, images_per_s=round(speed, 1),
-                    data_wait_s=round(at.wait_s, 4),
+                    at.step - 1, loss=loss, lr=lr, norm=found.norm,
+                    images_per_s=round(at.seen / at.train_s if at.train_s else 0.0, 1),
+                    data_wait_s=round(at.wait_s, 4), **self.task.log_row(at.since_logged()),
                 )  # fmt: skip
 
     def _not_finite(self, batch: Batch, found: Gradients, loss: float) -> None:
@@ -438,10 +441,9 @@ class _Run:
         return f"the state after step {self.at.step} of {self.total_steps} is saved: go on with --resume"
 
     def _rate(self, step: int) -> float:
-        peak = self.recipe.peak_lr
         drops = self.recipe.drops if self.recipe.schedule == "steps" else None
         return optim.learning_rate(
-            step, peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps, drops=drops
+            step, self.recipe.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps, drops=drops
         )
 
     def _write_weights(self) -> None:

@@ -87,8 +87,7 @@ def prepare(
         if options.tensorboard:
             need("tensorboard", "tensorboard", "--tensorboard asks for it")
         where = choose_device(device, ranks)
-        samples = task.open()
-        _check_model(recipe, task, min(samples, recipe.batch_images), ranks, options)
+        _check_model(recipe, task, task.open(), ranks, options)
         prints, content = task.fingerprint(), task.stamp() if ranks.first else {}
     watch.beat()
     of_first = _OfTheFirst(*ranks.all([str(folder), old, prints])[0])

@@ -28,11 +28,13 @@ B = TypeVar("B", bound=Batch, covariant=True)
 class Batches(Protocol[B]):
     """The batches of an epoch: a pure function of (seed, epoch, sample), so that a resumed run sees the same ones.
 
-    names  of all samples
-    bad    name -> reason of the samples that could not be read so far and were replaced
+    names         of all samples
+    batch_images  samples of a full batch, all ranks together
+    bad           name -> reason of the samples that could not be read so far and were replaced
     """
 
     bad: dict[str, str]
+    batch_images: int
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -52,8 +54,15 @@ class Place(NamedTuple):
     memory_format: torch.memory_format = torch.contiguous_format
 
 
+Counts = dict[str, Any]
+"""A task's own sums over samples, by name: numbers, and lists of them (a histogram, say)."""
+
+
 class Found(NamedTuple):
-    """Of one part of a batch: the sum of its samples' losses, with its gradient; and sums of counts, without."""
+    """Of one part of a batch: the sum of its samples' losses, with its gradient; and sums of counts, without.
+
+    A count is a number, or a vector of them.
+    """
 
     loss: Tensor
     counts: dict[str, Tensor]
@@ -106,7 +115,7 @@ class Task(Protocol):
         """Raises BadRun where an optional package that this task uses is not installed."""
 
     def open(self) -> int:
-        """Find the samples; gives how many there are to train on. Raises BadData, DiskFault."""
+        """Find the samples; gives how many a full step takes. Raises BadData, DiskFault."""
 
     def fingerprint(self) -> dict[str, str]:
         """Part -> a number that changes with its samples' names, labels and order."""
@@ -142,8 +151,14 @@ class Task(Protocol):
 
     # --- what comes of it
 
-    def train_row(self, counts: dict[str, float], samples: int) -> dict[str, float]:
+    def train_row(self, counts: Counts, samples: int) -> dict[str, float]:
         """What an epoch's line of the history has of the counts over its samples."""
+
+    def log_row(self, counts: Counts) -> dict[str, float]:
+        """What a line of log.jsonl has of the counts over the steps since the line before."""
+
+    def warning(self, history: Sequence[dict[str, Any]]) -> str | None:
+        """What a person must be told, once, of the history now that its last line is there."""
 
     def said(self, row: dict[str, float]) -> str:
         """`train_row` for a person: "top-1 41.7%"."""

@@ -28,7 +28,7 @@ class Numbers:
 
     def __init__(self, n, size, ranks, training):
         self.names, self.bad = [f"number {i}" for i in range(n)], {}
-        self.size, self.ranks, self.training = size, ranks, training
+        self.size, self.batch_images, self.ranks, self.training = size, size, ranks, training
 
     def __len__(self):
         return len(self.names) // self.size
@@ -68,7 +68,7 @@ class Line:
         pass
 
     def open(self):
-        return 32
+        return self.recipe.batch_images
 
     def fingerprint(self):
         return {"train": "32 numbers"}
@@ -107,6 +107,12 @@ class Line:
 
     def train_row(self, counts, samples):
         return {"train_near_frac": counts["near"] / samples}
+
+    def log_row(self, counts):
+        return {"near": counts["near"]}
+
+    def warning(self, history):
+        return None
 
     def said(self, row):
         return f"near {row['train_near_frac']:.0%}"
