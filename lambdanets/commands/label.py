@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -39,13 +40,12 @@ def parser() -> ArgumentParser:
     parser.add_argument("--batch-images", type=PositiveInt, help="images a batch (as the teacher's recipe evaluates)")
     parser.add_argument(
         "--precision",
-        type=str,
-        choices=["auto", "float32", "bfloat16"],
+        type=Literal["auto", "float32", "bfloat16"],
         default="auto",
         help="auto: bfloat16 on a GPU, float32 on a CPU",
     )
     parser.add_argument("--no-hashes", action="store_true", help="leave out what finds images that are there twice")
-    parser.add_argument("--engine", type=str, choices=["none", "ray"], default="none", help="ray: on a cluster")
+    parser.add_argument("--engine", type=Literal["none", "ray"], default="none", help="ray: on a cluster")
     parser.add_argument("--address", type=str, help="of a Ray cluster (without it: a local one, for this command)")
     parser.add_argument(
         "--part", type=str, metavar="I/N", help="only shards I, I + N, I + 2N ...; the parts are 0/N to N-1/N"

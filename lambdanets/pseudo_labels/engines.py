@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -53,7 +55,7 @@ def label_with_ray(
     """
     need("ray", "ray", "--engine ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray  # first of all: it catches signals, and the watchdog must be the last that does
+    import ray
 
     check(wishes, None)
     with ExitStack() as closing:
@@ -86,11 +88,16 @@ def _connect(ray: Any, address: str | None) -> None:
     how: dict[str, Any] = {"address": address or "local", "logging_level": "ERROR", "log_to_driver": False}
     if address is None:
         how["include_dashboard"] = False
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         ray.init(**how)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         where = "a cluster on this machine cannot be started" if address is None else f"no Ray cluster at {address}"
         raise BadRun(f"--engine ray: {where}: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put handlers of its own in their place, in Python and below it: one exits with 15, one aborts.
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _on_gpus(ray: Any, device: str) -> bool:
