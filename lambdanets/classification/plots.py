@@ -18,7 +18,7 @@ _NUMBERED_CLASSES = 15  # more numbers than this cannot be read in the cells
 def curves_png(history: Sequence[dict[str, Any]], confusion: Confusion, classes: Sequence[str], title: str) -> bytes:
     """Draw the history and the confusion matrix side by side, as the bytes of a PNG.
 
-    history    one dict an epoch: epoch, train_loss, val_loss, train_top1_frac, val_top1_frac
+    history    one dict an epoch: epoch, train_loss, train_top1_frac; where it was judged, val_loss, val_top1_frac
     confusion  drawn as a matrix of up to 50 classes, whose colour is the share of the label's row; of more classes the
                most frequent mistakes are drawn, as bars
     title      one line above both
@@ -75,11 +75,13 @@ def _draw_curves(loss: Any, accuracy: Any, history: Sequence[dict[str, Any]]) ->
 
     epochs = [row["epoch"] for row in history]
     loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="train (augmented, smoothed labels)")
-    loss.plot(epochs, [row["val_loss"] for row in history], marker=".", label="held out")
+    judged = [row for row in history if "val_loss" in row]  # of `eval_epochs` not every epoch is
+    asked = [row["epoch"] for row in judged]
+    loss.plot(asked, [row["val_loss"] for row in judged], marker=".", label="held out")
     loss.set(ylabel="cross-entropy, nats", xlim=(0.5, len(epochs) + 0.5))
     loss.set_ylim(bottom=0)
     accuracy.plot(epochs, [100 * row["train_top1_frac"] for row in history], marker=".", label="train (augmented)")
-    accuracy.plot(epochs, [100 * row["val_top1_frac"] for row in history], marker=".", label="held out")
+    accuracy.plot(asked, [100 * row["val_top1_frac"] for row in judged], marker=".", label="held out")
     accuracy.set(xlabel="epoch", ylabel="top-1, %", xlim=loss.get_xlim())
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -15,6 +15,11 @@ def parser() -> ArgumentParser:
         epilog=EXIT_CODES_TEXT,
     )
     parser.add_argument("shards", type=str, metavar="SHARDS", help="a folder or URL with train-*.tar and val-*.tar")
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="all SHARDS/*.tar are images for `lambdanets label`; labels beside them are ignored and counted",
+    )
     parser.add_argument("--out", type=str, metavar="FOLDER", help="where the index goes if SHARDS cannot be written")
     parser.add_argument("--classes", type=str, metavar="FILE", help="names of the classes, one a line")
     allow_source(parser)
@@ -25,5 +30,6 @@ def run(given: Namespace) -> int:
     from lambdanets.data.pack import index
 
     with going_on_again():
-        print(index(given.shards, out=given.out, classes=given.classes, allow_sources=given.allow_source))
+        how = {"allow_sources": given.allow_source, "unlabelled": given.unlabelled}
+        print(index(given.shards, out=given.out, classes=given.classes, **how))
     return 0

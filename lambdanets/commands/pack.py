@@ -20,7 +20,7 @@ def parser() -> ArgumentParser:
         epilog=EXIT_CODES_TEXT,
     )
     parser.add_argument("folder", type=str, metavar="FOLDER", help="as for `lambdanets train --data`; split as there")
-    parser.add_argument("out", type=str, metavar="OUT", help="a new folder: give it to `lambdanets train --data`")
+    parser.add_argument("out", type=str, metavar="OUT", help="a new folder: give it to `train --data`, `label --data`")
     parser.add_argument(
         "--max-side-px", type=PositiveInt, metavar="N", help="shrink larger images to this longer side; not with COCO"
     )
@@ -32,6 +32,11 @@ def parser() -> ArgumentParser:
         help="of the training or the validation images, and one: more that cannot be decoded end the command",
     )
     parser.add_argument("--skip-missing", action="store_true", help="of COCO: missing pictures are left out, no error")
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="all images in FOLDER and below, whatever its folders mean, without labels: for `lambdanets label`",
+    )
     parser.add_argument("--workers", type=NonNegativeInt, default=0, help="processes that read images")
     return parser
 
@@ -42,7 +47,7 @@ def run(given: Namespace) -> int:
     from lambdanets.detection.layouts import is_coco
     from lambdanets.detection.pack import pack_coco
 
-    coco = not is_shards(given.folder) and is_coco(given.folder)
+    coco = not given.unlabelled and not is_shards(given.folder) and is_coco(given.folder)
     if coco and given.max_side_px is not None:
         remedy = "leave --max-side-px out; training shrinks each picture as it reads it"
         raise BadData(f"{given.folder} has COCO files, whose boxes and masks are in the pictures' own pixels: {remedy}")
@@ -54,7 +59,8 @@ def run(given: Namespace) -> int:
         if coco:
             print(pack_coco(given.folder, given.out, skip_missing=given.skip_missing, **how))
         else:
-            print(pack(given.folder, given.out, max_side_px=given.max_side_px, **how))
+            how |= {"max_side_px": given.max_side_px, "unlabelled": given.unlabelled}
+            print(pack(given.folder, given.out, **how))
     return 0
 
 

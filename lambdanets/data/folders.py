@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from lambdanets.data.decode import open_image
@@ -129,6 +130,26 @@ def val_or_all(path: str | Path) -> tuple[Images, str]:
     images = _files(root, tuple(held), held)
     beside = listing.beside(parts) if place else ""
     return images, f"all {len(images):,} images of {root / place}{beside}{passed_over(listing.ignored)}"
+
+
+def tree(path: str | Path) -> tuple[Images, str]:
+    """Every picture below a folder, without labels (each has a 0), in the order of their paths; and a sentence.
+
+    Raises BadData where there are none; DiskFault as `folder` does.
+    """
+    root, shown = Path(path), f"expected pictures in {path} or in folders below it"
+    try:
+        if not root.is_dir():
+            raise BadData(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: {shown}")
+    except OSError as error:
+        raise DiskFault(str(root), f"cannot be read: {error.strerror}") from error
+    listing = Listing(root)
+    names = listing.tree()
+    passed = passed_over(listing.ignored)
+    if not names:
+        raise BadData(f"no images below {root}: {shown}{passed}")
+    labels = np.broadcast_to(np.int32(0), len(names))  # without memory
+    return _Files((), names, labels, root), f"all {len(names):,} images below {root}{passed}"
 
 
 def _files(root: Path, classes: tuple[str, ...], files: dict[str, list[str]]) -> Images:

@@ -8,14 +8,24 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from lambdanets.data.manifest import COLUMNS, MANIFEST, SPLITS, Manifest, Shard, manifest, shard_of
-from lambdanets.data.shards import array
+from lambdanets.data.index_files import array
+from lambdanets.data.manifest import (
+    COLUMNS,
+    MANIFEST,
+    SPLITS,
+    UNLABELLED,
+    Manifest,
+    Shard,
+    columns_of,
+    manifest,
+    shard_of,
+)
 from lambdanets.errors import BadData, BadImage
 from lambdanets.files import field, json_object, lock, open_to_append, placed, to_stderr
 
@@ -127,26 +137,45 @@ class Job:
         name = shard.name if len(os.fsencode(shard.name)) <= 200 else f"{shard.sha256}.tar"  # 255 with what is added
         return self.out / f".{name}.npy"
 
+    def with_others(self, split: str) -> int:
+        """Samples of the finished shards beside whose picture something lay that was passed over."""
+        return sum(int(line.get("with_others", 0)) for line in self._lines if line["split"] == split)
+
     def add(
-        self, split: str, shard: Shard | None, rows: list[tuple[int, int, int]], *, next_place: int, bad: dict[str, str]
+        self,
+        split: str,
+        shard: Shard | None,
+        rows: list[tuple[int, int, int]],
+        *,
+        next_place: int,
+        bad: dict[str, str],
+        with_others: int = 0,
     ) -> None:
         if shard is not None:
             with placed(self._rows_file(shard)) as file:
                 np.save(file, np.array(rows, _ROW), allow_pickle=False)
         line = {"split": split, "shard": shard, "next": next_place, "bad": bad}
+        if with_others:
+            line["with_others"] = with_others
         self._write(line)
         self._lines.append(json.loads(json.dumps(line)))
 
     def finish(
-        self, classes: tuple[str, ...], *, paths: bool, base: str = "", files: dict[str, str] | None = None
+        self,
+        classes: tuple[str, ...],
+        *,
+        paths: bool,
+        base: str = "",
+        files: dict[str, str] | None = None,
+        splits: Iterable[str] = SPLITS,
     ) -> None:
-        columns = {split: {name: self._join(split, name) for name in COLUMNS} for split in SPLITS}
+        columns = {split: {name: self._join(split, name) for name in columns_of(split)} for split in splits}
         bad = {name: why for line in self._lines for name, why in line["bad"].items()}
         if bad:
             with placed(self.out / BAD_SAMPLES) as file:
                 file.writelines(json.dumps({"name": name, "reason": bad[name]}).encode() + b"\n" for name in bad)
-        splits = {split: self.shards(split) for split in SPLITS}
-        held = Manifest(classes, paths, len(bad), base, self._plan, splits, columns, files or {})
+        shards = {split: self.shards(split) for split in splits}
+        held = Manifest(classes, paths, len(bad), base, self._plan, shards, columns, files or {})
         with placed(self.out / MANIFEST) as file:
             file.write(held.text().encode())
 
@@ -170,11 +199,13 @@ def _plan_of(text: bytes) -> dict[str, Any]:
 def _finished(text: bytes) -> dict[str, Any]:
     """A line of the journal, checked. Raises ValueError."""
     held = json_object(text)
-    if field(held, "split", str) not in SPLITS or field(held, "next", int) < 0:
+    if field(held, "split", str) not in (*SPLITS, UNLABELLED) or field(held, "next", int) < 0:
         raise ValueError(f"its split is {str(held['split'])[:60]!r}, its 'next' {held['next']}")
     shard = field(held, "shard", (list, type(None)))
     if shard is not None:
         shard_of(dict(zip(Shard._fields, shard, strict=False)), shard[4] if len(shard) > 4 else "")
+    if "with_others" in held and field(held, "with_others", int) < 0:
+        raise ValueError(f"its 'with_others' is {held['with_others']}")
     bad = field(held, "bad", dict)
     if not all(isinstance(why, str) and "\0" not in name for name, why in bad.items()):
         raise ValueError("its 'bad' should be names and reasons")

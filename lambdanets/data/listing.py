@@ -74,8 +74,27 @@ class Listing:
     def classes(self, top: str) -> dict[str, list[str]]:
         """Class -> its images below root/top, as sorted paths relative to root; the classes in natural order."""
         start = f"{top}/" if top else ""
+        found, inner, visited = self._walk(start, one_class=False)
+        classes = {of: sorted(found[of]) for of in sorted(found, key=natural)}
+        self._refuse_masks(start, visited, classes)
+        if not top:
+            _refuse_two_readings(self.root, classes, inner)
+        return classes
+
+    def tree(self) -> list[str]:
+        """All images below root, whatever its folders mean, as sorted paths relative to root. A file counts once, also
+        where links lead to it."""
+        found = {".": sorted(self._walk("", one_class=True)[0].get(".", []))}
+        self.one_label_a_file(found)
+        return found["."]
+
+    def _walk(self, start: str, *, one_class: bool) -> tuple[dict[str, list[str]], dict[str, Counter[str]], set[str]]:
+        """Class -> its images below root/start; class -> a folder in it ("": itself) -> its images; folders seen.
+
+        one_class  False: the folders there are the classes. True: all is one class, called "."
+        """
         found: dict[str, list[str]] = {}
-        inner: dict[str, Counter[str]] = defaultdict(Counter)  # class -> a folder in it ("": itself) -> its pictures
+        inner: dict[str, Counter[str]] = defaultdict(Counter)
         visited: set[str] = set()
         seen: set[tuple[str, int, int]] = set()
         links: list[str] = []
@@ -85,7 +104,7 @@ class Listing:
             inside, came_by = waiting.pop()
             place = os.path.join(self.root, start, inside)
             about, entries = _entries(place)
-            of, _, deeper = inside.rstrip("/").partition("/")
+            of, _, deeper = (".", "", "") if one_class else inside.rstrip("/").partition("/")
             if (of, about.st_dev, about.st_ino) in seen:
                 self.ignored["a folder met before in its class, by a link"].append(start + inside)
                 continue
@@ -117,11 +136,7 @@ class Listing:
                 inner[of][deeper.partition("/")[0]] += len(pictures) - before
             waiting.extend(sorted(below, reverse=True))
         self._follow(links)
-        classes = {of: sorted(found[of]) for of in sorted(found, key=natural)}
-        self._refuse_masks(start, visited, classes)
-        if not top:
-            _refuse_two_readings(self.root, classes, inner)
-        return classes
+        return found, inner, visited
 
     def _passes(self, name: str, shown: str, *, outside: bool) -> bool:
         """Whether a file counts as a picture."""

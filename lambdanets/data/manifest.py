@@ -24,10 +24,26 @@ ANNOTATED_FORMAT = "lambdanets annotated shards 1"
 """Of shards whose pictures have no label each; older versions, which would take it for 0, refuse them by this."""
 
 
+UNLABELLED_FORMAT = "lambdanets unlabelled shards 1"
+"""Of pictures that nobody has labelled: one split, UNLABELLED, no classes and no column of labels."""
+
+
+UNLABELLED = "unlabelled"
+
+
 COLUMNS = {"start": "<u8", "bytes": "<u4", "label": "<i4"}
 
 
 SPLITS = ("train", "val")
+
+
+def columns_of(split: str) -> list[str]:
+    """The columns that the index of a split has.
+
+    >>> columns_of("train"), columns_of("unlabelled")
+    (['start', 'bytes', 'label'], ['start', 'bytes'])
+    """
+    return [name for name in COLUMNS if split != UNLABELLED or name != "label"]
 
 
 HEAD_BYTES = 4096  # of each shard, hashed: the name, size and date of its first picture, and where that begins
@@ -75,7 +91,7 @@ class Manifest:
     left_out  unreadable files that packing left out, listed in bad_samples.jsonl
     base      where the shards lie; "": beside the manifest
     plan      what packing was asked for, to know a finished data set again
-    splits    "train", "val" -> shards;  columns  the same -> column -> sha256 of its file
+    splits    "train", "val" -> shards, or "unlabelled" alone;  columns  the same -> column -> sha256 of its file
     files     name -> sha256 of the files beside the manifest that say what is in the pictures; none where a label does
     """
 
@@ -88,13 +104,19 @@ class Manifest:
     columns: dict[str, dict[str, str]]
     files: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its pictures have a label each, or annotations."""
+        return UNLABELLED not in self.splits
+
     def text(self) -> str:
         """The JSON, the same for the same data set; a line a shard."""
         shards = {split: [shard._asdict() for shard in of] for split, of in self.splits.items()}
         # Apart from the shards, whose fields older versions know: they read this manifest too.
         heads = {split: [shard.pop("head") for shard in of] for split, of in shards.items()}
         names = ["classes", "paths", "left_out", "base", "plan", "columns", *(["files"] if self.files else [])]
-        fields: dict[str, Any] = {"format": ANNOTATED_FORMAT if self.files else FORMAT}
+        form = ANNOTATED_FORMAT if self.files else FORMAT if self.labelled else UNLABELLED_FORMAT
+        fields: dict[str, Any] = {"format": form}
         fields |= {name: getattr(self, name) for name in names} | {"heads": heads}
         lines = [f' "{name}": {_indented(value)}' for name, value in fields.items()]
         lines.append(f' "splits": {{\n{_by_lines(shards)}\n }}')
@@ -127,25 +149,27 @@ def manifest(base: str) -> Manifest:
 
 
 def _manifest(held: dict[str, Any]) -> Manifest:
-    if held.get("format") not in (FORMAT, ANNOTATED_FORMAT):
+    if held.get("format") not in (FORMAT, ANNOTATED_FORMAT, UNLABELLED_FORMAT):
         raise ValueError(f"its format is {str(held.get('format'))[:60]!r}, not {FORMAT!r}")
     splits, columns = {}, {}
     of_splits, of_columns = field(held, "splits", dict), field(held, "columns", dict)
     of_heads = field(held, "heads", dict) if "heads" in held else {}
-    for split in SPLITS:
+    for split in (UNLABELLED,) if held["format"] == UNLABELLED_FORMAT else SPLITS:
         listed = field(of_splits, split, list)
         heads = field(of_heads, split, list) if "heads" in held else [""] * len(listed)
         if len(heads) != len(listed):
             raise ValueError(f"it has {len(listed):,} shards of {split} and {len(heads):,} heads")
         splits[split] = [shard_of(shard, head) for shard, head in zip(listed, heads, strict=True)]
         hashes = field(of_columns, split, dict)
-        columns[split] = {name: _hex(field(hashes, name, str), f"{split}.{name}") for name in COLUMNS}
+        columns[split] = {name: _hex(field(hashes, name, str), f"{split}.{name}") for name in columns_of(split)}
     names = [shard.name for of in splits.values() for shard in of]
     if len(set(names)) < len(names):
         raise ValueError(f"it lists a shard twice, of {len(names):,}")
     classes = field(held, "classes", list)
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
         raise ValueError("its 'classes' should be different names")
+    if classes and UNLABELLED in splits:
+        raise ValueError(f"it has {len(classes):,} 'classes', and pictures without labels have none")
     left_out, plan = field(held, "left_out", int), field(held, "plan", dict)
     if left_out < 0:
         raise ValueError(f"its 'left_out' is {left_out}")
@@ -177,7 +201,7 @@ def shard_of(held: Any, head: Any = "") -> Shard:
     if PurePosixPath(name).name != name or name in ("", "..") or any(part in name for part in ("\\", "\0", "::")):
         raise ValueError(f"the shard {name!r} is no plain file name")
     n, size = field(held, "samples", int), field(held, "bytes", int)
-    if not 0 < n <= size // 1024 or size > _SHARD_BYTES:  # a sample has two members, each with a header of 512 bytes
+    if not 0 < n <= size // 512 or size > _SHARD_BYTES:  # a sample has a member at least, with a header of 512 bytes
         raise ValueError(f"the shard {name!r} has {n:,} samples and {size:,} bytes")
     if head != "":
         _hex(head, f"head of {name}")

@@ -16,7 +16,7 @@ import re
 import signal
 import stat
 import tarfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,14 +28,15 @@ from PIL import Image
 
 from lambdanets.data.archive import MAX_MEMBER_BYTES, filesystem, join, on_this_machine, samples, whole
 from lambdanets.data.decode import open_image
-from lambdanets.data.folders import folder
+from lambdanets.data.folders import folder, tree
 from lambdanets.data.images import Images
+from lambdanets.data.index_files import column, file_beside
 from lambdanets.data.journal import BAD_SAMPLES, Job, _job
-from lambdanets.data.manifest import COLUMNS, MANIFEST, SPLITS, Digest, Manifest, Shard, manifest
+from lambdanets.data.manifest import MANIFEST, SPLITS, UNLABELLED, Digest, Manifest, Shard, columns_of, manifest
 from lambdanets.data.order import Order, natural
-from lambdanets.data.shards import column, differing, file_beside, is_shards, place_of
+from lambdanets.data.shards import differing, is_shards, place_of
 from lambdanets.errors import SHOWN, BadData, BadImage, DiskFault, some
-from lambdanets.files import end_with_parent, placed, read_file, tried_again
+from lambdanets.files import end_with_parent, placed, read_file, to_stderr, tried_again
 
 SHARD_BYTES = 1 << 30
 MAX_BAD_FRAC = 0.001
@@ -57,11 +58,19 @@ class Packed(NamedTuple):
     left_out: int
     shards_at: str = ""
     """A URL that has to be allowed when the data set is opened, since the user will name the index alone."""
+    unlabelled_images: int = 0
+    with_others: int = 0
+    """Of the unlabelled ones: beside so many lay something, a label maybe, that was passed over."""
 
     def __str__(self) -> str:
         images = f"{self.train_images:,} training and {self.val_images:,} validation images"
+        use = "train"
+        if self.unlabelled_images:
+            others = f" ({self.with_others:,} with labels or other files beside them, ignored)"
+            images = f"{self.unlabelled_images:,} images without labels{others if self.with_others else ''}"
+            use = "label"
         bad = f"; {self.left_out:,} unreadable files left out, listed in {BAD_SAMPLES}" if self.left_out else ""
-        there = f"; train with --data {self.place} --allow-source {self.shards_at}" if self.shards_at else ""
+        there = f"; {use} with --data {self.place} --allow-source {self.shards_at}" if self.shards_at else ""
         return f"{self.place}: {images} in {self.shards:,} shards, {self.bytes:,} bytes{bad}{there}"
 
 
@@ -73,9 +82,11 @@ def pack(
     shard_bytes: int = SHARD_BYTES,
     workers: int = 0,
     max_bad_frac: float = MAX_BAD_FRAC,
+    unlabelled: bool = False,
 ) -> Packed:
     """Writes the pictures of a folder to shards in `out`, split as `data.folder` splits it, the training ones shuffled.
 
+    unlabelled   all pictures below the folder, shuffled, without labels: for a teacher to label, `lambdanets label`
     max_side_px  a picture with a longer side is shrunk to it (upright, RGB, a JPEG of quality 95); other files, and all
                  where it is None, keep their bytes and get the suffix of what they are
     shard_bytes  a shard is closed before a picture that would make it larger
@@ -94,15 +105,19 @@ def pack(
         raise BadData(f"{source} is a data set of shards already: give the folder of pictures")
     if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
         raise BadData(f"{out} lies in {source}, and would be one of its classes: choose another place")
-    found = folder(source)
-    lists = {"train": found.train, "val": found.val}
+    if unlabelled:
+        images, how = tree(source)
+        to_stderr(how)
+        lists, classes = {UNLABELLED: images}, tuple[str, ...]()
+    else:
+        found = folder(source)
+        lists, classes = {"train": found.train, "val": found.val}, found.train.classes
     plan: dict[str, Any] = {"max_side_px": max_side_px, "shard_bytes": shard_bytes}
     plan |= {split: images.fingerprint() for split, images in lists.items()}
-    mixed = Order(len(found.train), seed=0, epoch=0)
-    parts = {split: _labelled(images, mixed if split == "train" else None) for split, images in lists.items()}
-    prepare = functools.partial(_of_folder, _root(found.train), max_side_px)
+    parts = {split: _part(split, images) for split, images in lists.items()}
+    prepare = functools.partial(_of_folder, _root(next(iter(lists.values()))), max_side_px)
     return pack_parts(
-        parts, out, prepare, found.train.classes, plan,
+        parts, out, prepare, classes, plan,
         shard_bytes=shard_bytes, workers=workers, max_bad_frac=max_bad_frac,
     )  # fmt: skip
 
@@ -113,20 +128,21 @@ class Part(NamedTuple):
     names   of its pictures, of which no two in the data set are alike; they become the keys
     labels  for the index
     order   place in the shards -> position in `names`
-    beside  position -> suffix and content of the member that follows the picture
+    beside  position -> suffix and content of the member that follows the picture; None: none does
     """
 
     names: Sequence[str]
     labels: Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
     order: Order | range
-    beside: Callable[[int], tuple[str, bytes]]
+    beside: Callable[[int], tuple[str, bytes]] | None
 
 
-def _labelled(images: Images, order: Order | None) -> Part:
+def _part(split: str, images: Images) -> Part:
     def label(index: int) -> tuple[str, bytes]:
         return "cls", str(int(images.labels[index])).encode()
 
-    return Part(images.names, images.labels, range(len(images)) if order is None else order, label)
+    order = range(len(images)) if split == "val" else Order(len(images), seed=0, epoch=0)
+    return Part(images.names, images.labels, order, None if split == UNLABELLED else label)
 
 
 def pack_parts(
@@ -143,7 +159,7 @@ def pack_parts(
 ) -> Packed:
     """`pack`, of any pictures with anything beside them.
 
-    parts    of "train" and "val"
+    parts    of "train" and "val", or of "unlabelled" alone
     prepare  name -> suffix and bytes of a picture's file, see `prepared`; travels to the workers
     plan     what is asked for, as JSON: a job of another plan in `out` is refused
     files    writes what lies beside the manifest, once it is known which names were left out: file -> sha256
@@ -155,7 +171,8 @@ def pack_parts(
                 with contextlib.closing(_items(part, job.next(split), prepare, workers)) as items:
                     _pack_split(job, split, part, items, shard_bytes, max_bad_frac)
             left_out = {name for split in parts for name in job.bad(split)}
-            job.finish(classes, paths=True, files=None if files is None else files(left_out))
+            beside = None if files is None else files(left_out)
+            job.finish(classes, paths=True, files=beside, splits=parts)
     return _result(str(out), manifest(str(out)))
 
 
@@ -178,7 +195,9 @@ def _pack_split(
                     bad[item.found.name] = item.found.reason
                     _check_bad(known, bad, split, n_images, max_bad_frac, items)
                 else:
-                    members, picture_bytes = _archived(item.name, item.found, part.beside(item.at))
+                    members, picture_bytes = _archived(
+                        item.name, item.found, None if part.beside is None else part.beside(item.at)
+                    )
                     if rows and digest.bytes + len(members) + len(_END) > shard_bytes:
                         break
                     rows.append((digest.bytes, picture_bytes, int(part.labels[item.at])))
@@ -300,12 +319,12 @@ def _content(path: Path, name: str) -> bytes:
         raise DiskFault(name, f"{reason}; {remedy}") from error
 
 
-def _archived(name: str, found: tuple[str, bytes], beside: tuple[str, bytes]) -> tuple[bytes, int]:
-    """The two members of a sample as bytes, and how many of those end with the picture's last one."""
+def _archived(name: str, found: tuple[str, bytes], beside: tuple[str, bytes] | None) -> tuple[bytes, int]:
+    """The members of a sample as bytes, and how many of those end with the picture's last one."""
     # WebDataset ends a key at the first dot; what is quoted here, ShardImages.called unquotes.
     key = quote(os.fsencode(name), safe="/ !#$&'()+,;=@[]^{}~").replace(".", "%2E")
-    picture, other = (_head(f"{key}.{suffix}", content) + content for suffix, content in (found, beside))
-    return _padded(picture) + _padded(other), len(picture)
+    members = [_head(f"{key}.{suffix}", content) + content for suffix, content in filter(None, (found, beside))]
+    return b"".join(map(_padded, members)), len(members[0])
 
 
 def _head(name: str, content: bytes) -> bytes:
@@ -324,6 +343,7 @@ def index(
     out: str | Path | None = None,
     classes: str | Path | None = None,
     allow_sources: Sequence[str] = (),
+    unlabelled: bool = False,
 ) -> Packed:
     """Makes index and manifest for the archives `where`/*.tar; where they are there, compares every byte with them.
 
@@ -331,51 +351,71 @@ def index(
     out      a folder for index and manifest where `where` cannot be written; the data set is then opened there
     classes  a text file with a name a line; without it the classes are called 0, 1, ... up to the largest label
     allow_sources  URLs that a manifest may name as the place of the shards, besides `where`
+    unlabelled  all archives, whatever they are called, are one list of pictures; what lies beside these, labels too, is
+             passed over and counted
     Raises BadData naming the archive: damaged, cut, a member that `archive.header` refuses, a sample without picture or
     label; in a comparison, all archives that differ, the first ten by name.
     """
     base = str(where).rstrip("/")
     found, path, local = filesystem(base)
+    if unlabelled and classes is not None:
+        raise BadData("--classes names what labels mean, and --unlabelled ignores labels: leave one of them out")
     if found.exists(join(path, MANIFEST)):
-        return _compared(base, allow_sources)
+        return _compared(base, allow_sources, unlabelled=unlabelled)
     listed = found.glob(join(path, "*.tar"), detail=True)
     sizes = {name.rpartition("/")[2]: int(entry["size"]) for name, entry in listed.items()}
-    names: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name in sorted(sizes, key=natural):
-        names["val" if re.match(r"(val|valid|validation|test)(?![a-z])", name.lower()) else "train"].append(name)
-    if not names["train"] or not names["val"]:
-        counts = f"{len(names['train'])} archives to train on and {len(names['val'])} called val-... to validate"
-        raise BadData(f"{base} has {counts}: both are needed, as in train-00000.tar and val-00000.tar")
+    names = _by_split(base, sizes, unlabelled)
     if not local and out is None:
         raise BadData(f"{base} is not a folder of this machine: say where the index goes with --out FOLDER")
     known = None if classes is None else _class_names(Path(classes))
     # Sizes are in the plan: an archive that changes on the way makes it another job.
-    plan = {"archives": sizes, "classes": known}
+    plan = {"archives": sizes, "classes": known} | ({"unlabelled": True} if unlabelled else {})
+    with_others = 0
     with _job(Path(path if out is None else out), plan, shared=True) as job:
         if job is not None:
-            last = max(_index_split(job, split, base, names[split], known) for split in SPLITS)
+            last = max(_index_split(job, split, base, names[split], known) for split in names)
             home = "" if out is None else str(Path(path).resolve()) if local else base
-            job.finish(known or tuple(str(label) for label in range(last + 1)), paths=False, base=home)
+            numbers = () if unlabelled else tuple(str(label) for label in range(last + 1))
+            with_others = job.with_others(UNLABELLED)
+            job.finish(known or numbers, paths=False, base=home, splits=names)
     home = str(where if out is None else out)
-    return _result(home, manifest(home))
+    return _result(home, manifest(home))._replace(with_others=with_others)
+
+
+def _by_split(base: str, archives: Iterable[str], unlabelled: bool) -> dict[str, list[str]]:
+    """Split -> its archives in natural order. Raises BadData where one has none."""
+    ordered = sorted(archives, key=natural)
+    if unlabelled:
+        if not ordered:
+            raise BadData(f"{base} has no archive: expected NAME.tar, with KEY.jpg in it")
+        return {UNLABELLED: ordered}
+    names: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in ordered:
+        names["val" if re.match(r"(val|valid|validation|test)(?![a-z])", name.lower()) else "train"].append(name)
+    if not names["train"] or not names["val"]:
+        counts = f"{len(names['train'])} archives to train on and {len(names['val'])} called val-... to validate"
+        remedy = "both are needed, as in train-00000.tar and val-00000.tar; pictures without labels: --unlabelled"
+        raise BadData(f"{base} has {counts}: {remedy}")
+    return names
 
 
 def _index_split(job: Job, split: str, base: str, names: list[str], classes: tuple[str, ...] | None) -> int:
     """Indexes what is not yet in the journal; gives the largest label."""
     for name in names[len(job.shards(split)) :]:
-        digest, rows = Digest(), []
+        digest, rows, with_others = Digest(), [], 0
         with whole(base, name) as file:
-            for sample in samples(file, join(base, name), digest.update):
+            for sample in samples(file, join(base, name), digest.update, labelled=split != UNLABELLED):
                 n = _MOST_CLASSES if classes is None else len(classes)
                 if sample.label >= n:
                     known = f"{n:,} classes" if classes is not None else "more need their names: --classes FILE"
                     allowed = f"labels run from 0 to {n - 1} ({known})"
                     raise BadData(f"{join(base, name)}: {sample.key!r} has the label {sample.label}: {allowed}")
+                with_others += split == UNLABELLED and bool(sample.others)
                 picture = sample.picture
                 rows.append((picture.start, picture.head_bytes + picture.bytes, sample.label))
         if not rows:
             raise BadData(f"{join(base, name)} holds no sample: remove it")
-        job.add(split, digest.shard(name, len(rows)), rows, next_place=0, bad={})
+        job.add(split, digest.shard(name, len(rows)), rows, next_place=0, bad={}, with_others=with_others)
     return max(int(job.rows(shard)["label"].max()) for shard in job.shards(split))
 
 
@@ -389,8 +429,11 @@ def _class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _compared(base: str, allow_sources: Sequence[str]) -> Packed:
+def _compared(base: str, allow_sources: Sequence[str], *, unlabelled: bool) -> Packed:
     held = manifest(base)
+    if unlabelled and held.labelled:
+        remedy = "`lambdanets label` takes it as it is; to compare it with its manifest leave --unlabelled out"
+        raise BadData(f"{base} is indexed already, with labels: {remedy}")
     home = place_of(base, held, allow_sources)
     missing = differing(home, held, heads=False)
     wrong = []
@@ -399,20 +442,21 @@ def _compared(base: str, allow_sources: Sequence[str]) -> Packed:
             file_beside(base, held, file)
         except BadData as error:
             wrong.append(str(error))
-    for split in SPLITS:
+    for split in held.splits:
         columns: list[np.ndarray[Any, Any]] = []
-        for name in COLUMNS:
+        for name in columns_of(split):
             try:
                 columns.append(column(base, held, split, name))
             except BadData as error:
                 wrong.append(str(error))
         first = 0
         for shard in held.splits[split]:
-            of_shard = [of[first : first + shard.samples] for of in columns] if len(columns) == len(COLUMNS) else None
+            whole_index = len(columns) == len(columns_of(split))
+            of_shard = [of[first : first + shard.samples] for of in columns] if whole_index else None
             first += shard.samples
             if shard.name in missing:
                 wrong.append(f"{join(home, shard.name)} {missing[shard.name]}")
-            elif (why := _differs(home, shard, of_shard, labelled=not held.files)) is not None:
+            elif (why := _differs(home, shard, of_shard, labelled=held.labelled and not held.files)) is not None:
                 wrong.append(why)
     if wrong:
         listed = some(wrong, between="\n  ")
@@ -428,10 +472,11 @@ def _differs(home: str, shard: Shard, columns: list[np.ndarray[Any, Any]] | None
             for sample in samples(file, where, digest.update, labelled=labelled):
                 if columns is not None and first is None and count < shard.samples:
                     picture = sample.picture
-                    has = picture.start, picture.head_bytes + picture.bytes, sample.label
                     told = tuple(int(of[count]) for of in columns)
+                    has = (picture.start, picture.head_bytes + picture.bytes, sample.label)[: len(told)]
                     if has != told:
-                        first = f"{where}: (start, bytes, label) of {sample.key!r} are {has}, the index says {told}"
+                        names = "start, bytes, label" if len(told) > 2 else "start, bytes"
+                        first = f"{where}: ({names}) of {sample.key!r} are {has}, the index says {told}"
                 count += 1
     except BadData as error:
         return str(error)
@@ -442,7 +487,9 @@ def _differs(home: str, shard: Shard, columns: list[np.ndarray[Any, Any]] | None
 
 
 def _result(place: str, held: Manifest) -> Packed:
-    shards = [shard for split in SPLITS for shard in held.splits[split]]
-    train, val = (sum(shard.samples for shard in held.splits[split]) for split in SPLITS)
+    shards = [shard for of in held.splits.values() for shard in of]
+    train, val, unlabelled = (
+        sum(shard.samples for shard in held.splits.get(split, ())) for split in (*SPLITS, UNLABELLED)
+    )
     away = held.base if held.base and not on_this_machine(held.base) else ""
-    return Packed(place, train, val, len(shards), sum(shard.bytes for shard in shards), held.left_out, away)
+    return Packed(place, train, val, len(shards), sum(shard.bytes for shard in shards), held.left_out, away, unlabelled)

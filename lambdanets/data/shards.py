@@ -9,6 +9,8 @@ A data set of shards is a folder, or a URL that fsspec opens, with
     train.label.npy       int32
     val-..., val....      the same of the pictures held out
 
+Pictures that nobody has labelled are unlabelled-00000.tar ..., a KEY.jpg each, with the columns start and bytes.
+
 Where a wing says more of a picture than a label, KEY.json holds that, labels are 0, and the manifest names the files
 beside it that say the same of all pictures (`Manifest.files`).
 
@@ -25,12 +27,10 @@ import hashlib
 import json
 import os
 import random
-import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast, overload
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 from urllib.parse import unquote
 
 import numpy as np
@@ -45,7 +45,6 @@ from lambdanets.data.archive import (
     header,
     join,
     key_and_suffix,
-    on_disk,
     read,
     retried,
     samples,
@@ -53,21 +52,30 @@ from lambdanets.data.archive import (
 )
 from lambdanets.data.decode import open_image
 from lambdanets.data.images import CHUNK_IMAGES, FolderData, Images
-from lambdanets.data.manifest import COLUMNS, HEAD_BYTES, MANIFEST, SPLITS, Digest, Manifest, Shard, manifest
+from lambdanets.data.index_files import column
+from lambdanets.data.manifest import (
+    COLUMNS,
+    HEAD_BYTES,
+    MANIFEST,
+    UNLABELLED,
+    Digest,
+    Manifest,
+    Shard,
+    columns_of,
+    manifest,
+)
 from lambdanets.data.order import hash_of
-from lambdanets.errors import BadData, DiskFault, printable, some
-from lambdanets.files import open_file, placed
+from lambdanets.errors import BadData, printable, some
 
 _PICTURE_BYTES = MAX_MEMBER_BYTES + (3 << 20)  # with its header, which may be extended
-_HEADER_BYTES = 1 << 16  # an index file's, at most
-_PART_BYTES = 16 << 20  # of a remote index, a read
-_FILE_BYTES = 4 << 30  # of `Manifest.files`
 _READERS = 16  # of a store, at a time, in each process
+EVERY = "every picture"  # the split of `open_pictures`
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShardImages(Images):
-    """The pictures of one split. Names are read from the shards when they are asked for; labels lie in a mapped file.
+    """The pictures of one split, or of all. Names are read from the shards when they are asked for; labels lie in a
+    mapped file.
 
     base          where the shards lie
     home          where manifest and index lie
@@ -102,10 +110,13 @@ class ShardImages(Images):
 
     def label_parts(self) -> Iterator[np.ndarray[Any, np.dtype[np.integer[Any]]]]:
         """Read, not mapped: pages of a mapped file that were touched count as memory of this process."""
-        column = cast("np.memmap[Any, Any]", self.labels)
-        for start in range(0, len(column), CHUNK_IMAGES):
-            offset = column.offset + start * column.itemsize
-            yield np.fromfile(str(column.filename), column.dtype, min(CHUNK_IMAGES, len(column) - start), offset=offset)
+        if not isinstance(self.labels, np.memmap):
+            yield from super().label_parts()
+            return
+        mapped: np.memmap[Any, Any] = self.labels
+        for start in range(0, len(mapped), CHUNK_IMAGES):
+            offset = mapped.offset + start * mapped.itemsize
+            yield np.fromfile(str(mapped.filename), mapped.dtype, min(CHUNK_IMAGES, len(mapped) - start), offset=offset)
 
     def expect(self, ids: Sequence[int]) -> None:
         """Begins to read these from a store, 16 at a time: an answer may take 0.1 s, decoding takes 2 ms."""
@@ -117,7 +128,8 @@ class ShardImages(Images):
             pool.shutdown(wait=False)  # its threads end with the last of these
 
     def fingerprint(self) -> str:
-        """Of classes, labels, and the sha256 of every shard; the place does not count."""
+        """Of classes, labels, and the sha256 of every shard (of `open_pictures` of that alone); the place does not
+        count."""
         return self.digest
 
     def called(self, index: int, member: str) -> str:
@@ -172,6 +184,8 @@ class ShardImages(Images):
 
 
 def _again(where: str, base: str, split: str) -> Images:
+    if split == EVERY:
+        return open_pictures(where, allow_sources=(base,), compare=False)
     return open_parts(where, manifest(where.removeprefix(STREAM)), (base,), compare=False)[split]
 
 
@@ -215,6 +229,9 @@ def open_shards(where: str | Path, *, allow_sources: Sequence[str] = ()) -> Fold
     held = manifest(home)
     if held.files:
         raise BadData(f"{home} holds no label a picture but {some(held.files)}: it is not for a classifier")
+    if not held.labelled:
+        remedy = f"a teacher labels them (lambdanets label RUN --data {home}), and a student takes them with --pseudo"
+        raise BadData(f"{home} holds pictures without labels, and nothing can be trained on them alone: {remedy}")
     parts = open_parts(where, held, allow_sources)
     if len(held.classes) < 2:
         raise BadData(f"{join(home, MANIFEST)} has {len(held.classes)} class(es); a classifier needs two")
@@ -236,27 +253,64 @@ def open_parts(
     compare  False: again, in a process whose parent compared
     """
     home = where.removeprefix(STREAM)
-    streamed = where.startswith(STREAM)
-    base = place_of(home, held, allow_sources)
-    if compare and (wrong := differing(base, held, heads=not streamed)):
-        count, why = sum(len(of) for of in held.splits.values()), (f"{name} {why}" for name, why in wrong.items())
-        raise BadData(f"{len(wrong):,} of {count:,} shards of {base}: {some(why)}")
+    base = _compared_place(where, held, allow_sources, heads=None if not compare else not where.startswith(STREAM))
     parts = {}
-    for split in SPLITS:
-        n = [shard.samples for shard in held.splits[split]]
-        first_images = np.concatenate([[0], np.cumsum(n, dtype=np.int64)])
-        if not n:
-            raise BadData(f"{join(home, MANIFEST)} lists no shard of {split}")
-        with ThreadPoolExecutor(len(COLUMNS)) as pool:  # 2 GB to hash where there are 130 million samples
-            read_column = functools.partial(column, home, held, split, compare=compare)
-            start, length, label = pool.map(read_column, COLUMNS)
-        known = [shard[:4] for shard in held.splits[split]]  # without heads: a run goes on with what it began with
+    for split, listed in held.splits.items():
+        start, length, label = _columns(home, held, split, list(COLUMNS), compare=compare)
+        known = [shard[:4] for shard in listed]  # without heads: a run goes on with what it began with
         content = held.classes, held.paths, known, held.columns[split]["label"]
         parts[split] = ShardImages(
-            held.classes, (), label, base, home, split, held.splits[split], first_images, start,
-            length, held.paths, streamed, hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            held.classes, (), label, base, home, split, listed, _first_images(listed), start,
+            length, held.paths, where.startswith(STREAM), hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         )  # fmt: skip
     return parts
+
+
+def open_pictures(
+    where: str | Path, *, allow_sources: Sequence[str] = (), compare: bool = True, look_at_shards: bool = True
+) -> ShardImages:
+    """Every picture of a data set of shards, labelled or not, in the manifest's order (training ones first).
+
+    Labels are ignored: there are no classes, and each is 0. Compared, and raised, is what `open_shards` says.
+    compare         False: again, in a process whose parent compared
+    look_at_shards  False: the index alone is compared, by a process that compares each shard when it reads it
+    """
+    where = str(where)
+    home = where.removeprefix(STREAM)
+    held = manifest(home)
+    heads = not where.startswith(STREAM) if compare and look_at_shards else None
+    base = _compared_place(where, held, allow_sources, heads=heads)
+    read = [_columns(home, held, split, columns_of(UNLABELLED), compare=compare) for split in held.splits]
+    start, length = read[0] if len(read) == 1 else (np.concatenate(parts) for parts in zip(*read, strict=True))
+    listed = [shard for of in held.splits.values() for shard in of]
+    digest = hashlib.sha256(json.dumps([shard[:4] for shard in listed]).encode()).hexdigest()
+    labels = np.broadcast_to(np.int32(0), len(start))  # without memory
+    return ShardImages(
+        (), (), labels, base, home, EVERY, listed, _first_images(listed), start,
+        length, held.paths, where.startswith(STREAM), digest,
+    )  # fmt: skip
+
+
+def _compared_place(where: str, held: Manifest, allow_sources: Sequence[str], *, heads: bool | None) -> str:
+    """Where the shards lie, once their sizes are as the manifest says, and their heads. heads: None: not compared."""
+    base = place_of(where.removeprefix(STREAM), held, allow_sources)
+    if heads is not None and (wrong := differing(base, held, heads=heads)):
+        count, why = sum(len(of) for of in held.splits.values()), (f"{name} {why}" for name, why in wrong.items())
+        raise BadData(f"{len(wrong):,} of {count:,} shards of {base}: {some(why)}")
+    return base
+
+
+def _columns(
+    home: str, held: Manifest, split: str, names: Sequence[str], *, compare: bool
+) -> list[np.ndarray[Any, Any]]:
+    if not held.splits[split]:
+        raise BadData(f"{join(home, MANIFEST)} lists no shard of {split}")
+    with ThreadPoolExecutor(len(names)) as pool:  # 2 GB to hash where there are 130 million samples
+        return list(pool.map(functools.partial(column, home, held, split, compare=compare), names))
+
+
+def _first_images(listed: list[Shard]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.concatenate([[0], np.cumsum([shard.samples for shard in listed], dtype=np.int64)])
 
 
 def place_of(home: str, held: Manifest, allow_sources: Sequence[str]) -> str:
@@ -298,109 +352,9 @@ def differing(base: str, held: Manifest, *, heads: bool) -> dict[str, str]:
                 return "is not the archive that was indexed: it begins with other bytes"
         return None
 
-    shards = [shard for split in SPLITS for shard in held.splits[split]]
+    shards = [shard for of in held.splits.values() for shard in of]
     with ThreadPoolExecutor(32) as pool:
         return {shard.name: why for shard, why in zip(shards, pool.map(wrong, shards), strict=True) if why is not None}
-
-
-def column(home: str, held: Manifest, split: str, name: str, *, compare: bool = True) -> np.ndarray[Any, Any]:
-    """A column of the index, mapped; compared with its sha256 (a damaged copy of a remote one is fetched again)."""
-    file, sha256 = f"{split}.{name}.npy", held.columns[split][name]
-    n = sum(shard.samples for shard in held.splits[split])
-    dtype = np.dtype(COLUMNS[name])
-    where = join(home, file)
-    _, path, local = filesystem(where)
-    remedy = f"copy the index again, or remove {MANIFEST} and make it again"
-    if not local:
-        return array(_fetched(home, file, sha256, n * dtype.itemsize, compare=compare), where, dtype, n, remedy)
-    mapped = array(path, where, dtype, n, remedy)
-    if compare and (seen := on_disk(where, lambda: sha256_of(path))) != sha256:
-        raise BadData(f"{where}: its sha256 is {seen}, not the manifest's {sha256}, so it was changed: {remedy}")
-    return mapped
-
-
-def file_beside(home: str, held: Manifest, name: str) -> Path:
-    """One of `Manifest.files` on this machine, compared with its sha256; of a remote one a copy, kept under that."""
-    where, sha256 = join(home, name), held.files[name]
-    _, path, local = filesystem(where)
-    if not local:
-        return _fetched(home, name, sha256, _FILE_BYTES, compare=True)
-    try:
-        seen = on_disk(where, lambda: sha256_of(path))
-    except DiskFault as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise BadData(f"{where} is missing, and {MANIFEST} names it: copy it again") from error
-        raise
-    if seen != sha256:
-        remedy = "copy it again, or pack the pictures anew, into a new folder"
-        raise BadData(f"{where}: its sha256 is {seen}, not the manifest's {sha256}, so it was changed: {remedy}")
-    return Path(path)
-
-
-# numpy lets Python parse a header, and CPython 3.11's parser counts its depth for all threads together: two at once can
-# fail ("AST constructor recursion depth mismatch").
-_PARSER = threading.Lock()
-
-
-def array(path: str | Path, where: str, dtype: np.dtype[Any], n: int, remedy: str) -> np.ndarray[Any, Any]:
-    """A .npy file of unknown origin, mapped, if it holds n values of that type. Raises BadData with `remedy`."""
-    try:
-        with on_disk(where, lambda: open_file(path)) as file:
-            if np.lib.format.read_magic(file) != (1, 0):  # whose header has at most 65,535 bytes
-                raise ValueError("its header is not that of version 1.0")
-            with _PARSER:
-                shape, _, found = np.lib.format.read_array_header_1_0(file)
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
-        if found.hasobject:
-            raise ValueError("it holds pickled objects")
-    except DiskFault:
-        raise
-    except OSError as error:
-        raise DiskFault(where, f"cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # numpy parses Python there: SyntaxError, TokenError, RecursionError ...
-        raise BadData(f"{where} is no index: {printable(error)[:200]}; {remedy}") from error
-    if shape != (n,) or found != dtype:
-        raise BadData(f"{where} holds {found} {str(shape)[:60]} instead of {dtype} ({n},): it belongs to other shards")
-    if size != start + n * dtype.itemsize:
-        raise BadData(f"{where} has {size:,} bytes, where {n:,} samples take {start + n * dtype.itemsize:,}; {remedy}")
-    return np.memmap(path, dtype, "r", offset=start, shape=(n,))
-
-
-def sha256_of(path: str | Path) -> str:
-    """Of a file's content. Raises OSError."""
-    digest, part = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open_file(path) as file:
-        while size := file.readinto(part):  # type: ignore[attr-defined]  # a buffered file's
-            digest.update(part[:size])
-    return digest.hexdigest()
-
-
-def _fetched(home: str, name: str, sha256: str, most_bytes: int, *, compare: bool) -> Path:
-    """The copy of a remote index file, named by its hash."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lambdanets"
-    if not os.access(next(place for place in (cache, *cache.parents) if place.exists()), os.W_OK):
-        cache = Path(tempfile.gettempdir()) / f"lambdanets-{os.getuid()}"
-    place, where = cache / f"{sha256}{PurePosixPath(name).suffix}", join(home, name)
-    if place.is_file() and (not compare or on_disk(str(place), lambda: sha256_of(place)) == sha256):
-        return place
-    found, path, _ = filesystem(where)
-    size = retried(where, lambda: int(found.info(path)["size"]))
-    if not 0 < size <= most_bytes + _HEADER_BYTES:
-        raise BadData(f"{where} has {size:,} bytes, where the samples of the manifest take {most_bytes:,}")
-    digest = hashlib.sha256()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with placed(place) as file:
-            for start in range(0, size, _PART_BYTES):
-                part = read(home, name, start, min(start + _PART_BYTES, size))
-                digest.update(part)
-                file.write(part)
-            if digest.hexdigest() != sha256:
-                seen = digest.hexdigest()
-                raise BadData(f"{where} has the sha256 {seen}, the manifest {sha256}: copy the index again")
-    except OSError as error:
-        raise BadData(f"{where} cannot be kept in {cache}: {error.strerror or error}: free space there") from error
-    return place
 
 
 class Streamed(NamedTuple):
@@ -442,7 +396,7 @@ def _shard_samples(images: ShardImages, number: int) -> Iterator[Streamed]:
     shard, first = images.shards[number], int(images.first_images[number])
     where, digest, count = join(images.base, shard.name), Digest(), 0
     with whole(images.base, shard.name, shard.bytes) as file:
-        for sample in samples(file, where, digest.update):
+        for sample in samples(file, where, digest.update, labelled=images.split != EVERY):
             index = first + count
             count += 1
             yield Streamed(index, images.called(index, sample.picture.name), sample.label, sample.content)

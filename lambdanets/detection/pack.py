@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lambdanets.data.index_files import sha256_of
 from lambdanets.data.pack import MAX_BAD_FRAC, SHARD_BYTES, Packed, Part, pack_parts, prepared
-from lambdanets.data.shards import is_shards, sha256_of
+from lambdanets.data.shards import is_shards
 from lambdanets.detection.check import Wishes
 from lambdanets.detection.coco import CocoImages, object_rows, picture_row, write_clean
 from lambdanets.detection.layouts import open_coco

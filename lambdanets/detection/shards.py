@@ -18,8 +18,9 @@ from PIL import Image
 
 from lambdanets.data.archive import STREAM, filesystem, join
 from lambdanets.data.decode import open_image
+from lambdanets.data.index_files import file_beside
 from lambdanets.data.manifest import ANNOTATED_FORMAT, MANIFEST, SPLITS, manifest
-from lambdanets.data.shards import ShardImages, file_beside, is_shards, open_parts
+from lambdanets.data.shards import ShardImages, is_shards, open_parts
 from lambdanets.detection.check import Kept
 from lambdanets.detection.coco import CocoImages, coco_images
 from lambdanets.errors import BadData, printable

@@ -260,6 +260,13 @@ def test_a_run_leaves_weights_numbers_and_a_picture(colours, tmp_path):
     assert again.loss == pytest.approx(result.scores.loss, rel=1e-5)
 
 
+def test_a_run_that_is_judged_after_its_last_epoch_only_ends_with_its_picture_and_page(colours, tmp_path):
+    result = train(dataclasses.replace(tiny().with_epochs(3), eval_epochs=9), colours, out=tmp_path / "run")
+    assert [("val_loss" in row) for row in result.history] == [False, False, True]
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("names", [("$5 bill", "$x^$", "a_b", "猫", "\n"), [f"class {i}" for i in range(40)]])
 def test_the_picture_takes_any_class_name_and_any_number_of_classes(names):
     history = [{"epoch": 1, "train_loss": 2.0, "val_loss": 1.0, "train_top1_frac": 0.1, "val_top1_frac": 0.2}]

@@ -33,7 +33,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from lambdanets import cli, data, files
-from lambdanets.data import archive, shards
+from lambdanets.data import archive, index_files, shards
 from lambdanets.data import pack as packing
 from lambdanets.data.batches import Batches
 from lambdanets.data.decode import open_image
@@ -1329,7 +1329,7 @@ def test_a_remote_index_that_is_too_large_or_a_cache_that_is_full_is_an_error(st
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards, "placed", full)
+    monkeypatch.setattr(index_files, "placed", full)
     with pytest.raises(BadData, match=r"train\.start\.npy cannot be kept in .*: No space left"):
         data.folder("unreliable://bucket/set")
 
