@@ -164,7 +164,7 @@ class AxialAttention(SpatialLayer):
         parts = qkv.split([of_keys, of_keys, d], -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (b·H, h, W, k or v)
         seen = None
-        if padding is not None:  # a row of padding alone is nobody's: it sees itself
+        if padding is not None:  # a row of padding alone sees itself: a softmax of nothing may be NaN
             seen = (padding | ~padding.any(-1, keepdim=True)).flatten(0, 1)[:, None, None]
         y = relative_attention(q, k, v, [table_for(width, table, self)], (width,), seen)
         return y.transpose(1, 2).reshape(b, height, width, d).permute(0, 3, 1, 2)
@@ -387,7 +387,7 @@ class DoubleAttention(SpatialLayer):
         A = W_A x, B = softmax over positions (W_B x), V = softmax over channels (W_V x)
         y = x + BN( W_Z (A Bᵀ) V )
 
-    Source: A2-Nets (Chen 2018, arXiv 1810.11579, section 3, equations 2 to 5), of which the paper's Table 3 says
+    Source: A2-Nets (Chen 2018, arXiv 1810.11579, sections 3.1 to 3.3), of which the paper's Table 3 says
     "linear attention". It stands after a block's last batch norm, where squeeze-and-excitation would. Its projections
     have biases, c = d / 4 each; the batch norm's weight starts at 0, so that the layer starts as its input.
 

@@ -262,6 +262,17 @@ def test_every_image_of_a_padded_batch_gets_what_it_gets_alone(name: str, stride
         torch.testing.assert_close(part, alone, **EXACT)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_leaves_no_gradient_and_none_that_is_not_finite(name: str) -> None:
+    layer, x, padding = of_each()[name], maps(2, 16, 6, 6).requires_grad_(), torch.zeros(2, 6, 6, dtype=torch.bool)
+    padding[0, :4, :3], padding[1, :1, :5] = True, True
+    y = layer(x, padding=padding)
+    (y * padding[:, None]).sum().backward()  # what stands on the padding is nobody's
+    assert x.grad.isfinite().all()
+    assert not (x.grad * ~padding[:, None]).any()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_a_window_without_a_real_position_pools_to_zero() -> None:
     x, padding = maps(1, 2, 6, 6), torch.zeros(1, 6, 6, dtype=torch.bool)
     padding[0, :2, :2] = True
