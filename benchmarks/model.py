@@ -39,34 +39,26 @@ import lambdanets
 from benchmarks.op import measure, peak_bytes, seconds, start
 from benchmarks.peers import compiled, reason, why_not_compiled
 from benchmarks.public import as_if_trained, error
+from lambdanets import paper
 
 PASSES = ("inference", "training")
 
-# Paper, Table 12, at 224 px: examples a second, top-1 in percent.
+# Paper, Table 12, at 224 px, the words that are timed: examples a second, top-1 in percent.
 TABLE12 = {
-    "resnet50_cccc": (7240, 76.9), "resnet50_llll": (1160, 78.4), "resnet50_clll": (2200, 78.3),
-    "resnet50_ccll": (4980, 78.3), "resnet50_cccl": (7160, 77.3),
-}  # fmt: skip
-# Paper, speed-accuracy figure, digitised: model, image px, seconds a training step of 1,024 images, top-1 in percent.
-FIGURE_OURS = [
-    ("lambda_resnet50", 128, 0.058, 77.4), ("lambda_resnet50", 160, 0.089, 79.2), ("lambda_resnet101", 160, 0.14, 80.8),
-    ("lambda_resnet101", 192, 0.20, 81.9), ("lambda_resnet152", 192, 0.28, 82.5), ("lambda_resnet152", 224, 0.38, 83.2),
-    ("lambda_resnet152", 256, 0.49, 83.8), ("lambda_resnet270", 256, 0.91, 84.2), ("lambda_resnet350", 256, 1.16, 84.4),
-    ("lambda_resnet350", 288, 1.48, 84.5), ("lambda_resnet350", 320, 1.91, 84.7),
-    ("lambda_resnet420", 320, 2.25, 84.85),
-]  # fmt: skip
+    f"resnet50_{word.lower()}": paper.TABLE12.rows[word][1:] for word in ("CCCC", "LLLL", "CLLL", "CCLL", "CCCL")
+}
 # timm's efficientnet_bN, padded symmetrically: the tf_ ones, of TensorFlow's padding, are the same network and slower.
-FIGURE_THEIRS = [
-    ("efficientnet_b0", 224, 0.09, 77.1), ("efficientnet_b1", 240, 0.15, 79.1), ("efficientnet_b2", 260, 0.21, 80.1),
-    ("efficientnet_b3", 300, 0.34, 81.6), ("efficientnet_b4", 380, 0.71, 82.9), ("efficientnet_b5", 456, 1.51, 83.7),
-    ("efficientnet_b6", 528, 3.01, 84.0), ("efficientnet_b7", 600, 6.02, 84.7),
-]  # fmt: skip
-PRINTED = {"efficientnet_b6": 4.4, "efficientnet_b7": 3.2}  # speed-ups that the paper prints, training
+FIGURE_OURS = [point for point in paper.FIGURE if point.model.startswith("lambda_resnet")]
+FIGURE_THEIRS = [point for point in paper.FIGURE if point.model.startswith("efficientnet")]
 # Paper, Table 5, extra data: model, image px, examples a second in training and inference, top-1 in percent.
 TABLE5 = [
-    ("lambda_resnet152", 288, 1620, 6100, 86.7), ("efficientnet_b7", 600, 170, 980, 86.7),
-    ("vit_large_patch16_384", 384, 180, 640, 87.1),
-]  # fmt: skip
+    (name, px, *numbers[1:])
+    for (name, px), numbers in zip(
+        (("lambda_resnet152", 288), ("efficientnet_b7", 600), ("vit_large_patch16_384", 384)),
+        paper.TABLE5.rows.values(),
+        strict=True,
+    )
+]
 
 # What issue 3 aims at: images a second over CCCC's, for LLLL, CLLL, CCLL, CCCL; LLLL's peak memory over CCCC's.
 WORDS = list(TABLE12)[1:]
@@ -131,7 +123,7 @@ def comparisons(only: list[str], quick: bool = False) -> list[Comparison]:
             ours = min((row for row in FIGURE_OURS if row[3] >= top1), key=lambda row: row[2])
             over, under = Subject(ours[0], ours[1], ours[3]), Subject(name, px, top1)
             points = round(s / ours[2], 2)
-            printed = {"training": PRINTED[name]} if name in PRINTED else {}
+            printed = {"training": paper.PRINTED_SPEEDUPS[name]} if name in paper.PRINTED_SPEEDUPS else {}
             found.append(Comparison("figure", (over, under), (Claim(over, under, printed, points),)))
     if "pairs" in only and not quick:
         subjects = [Subject(name, px, top1) for name, px, _, _, top1 in TABLE5]

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lambdanets.layers.loading import _AVG_POOL, StrictLoading, resize_table
+from lambdanets.layers.loading import StrictLoading, resize_table
 from lambdanets.layers.projections import as_one_call, in_format_of, normed, project
+from lambdanets.layers.spatial import average_pool
 from lambdanets.ops import lambda_op
 from lambdanets.ops.lambda_op import KEY_NORMS
 from lambdanets.ops.problem import Problem, sizes
@@ -224,7 +224,8 @@ class LambdaLayer(StrictLoading):
         y = in_format_of(x, y)
         if self.stride == 1:
             return y
-        return self._pool(y, padding if context_grid == grid else None)
+        real = padding if context_grid == grid else None
+        return average_pool(y, self.stride, real, size=self.pool_size, count_padding=self.pool_count_padding)
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Queries, keys and values, each (b, positions, channels), normalised.
@@ -248,24 +249,6 @@ class LambdaLayer(StrictLoading):
     def _positions(self, x: Tensor, context: Tensor) -> dict[str, Any]:
         """The position argument of `lambda_op`."""
         return {"table": self.table}
-
-    def _pool(self, y: Tensor, padding: Tensor | None) -> Tensor:
-        pool = _AVG_POOL[self.ndim - 1]
-        half = self.pool_size // 2 if self.pool_size % 2 else 0
-        real = None if padding is None else padding[:, None].to(y.dtype)
-        if (side := min(y.shape[2:])) < self.pool_size:
-            if not half:
-                raise ValueError(f"the map {tuple(y.shape[2:])} is smaller than the pooling: {side} < {self.pool_size}")
-            if self.ndim == 3:  # the library refuses these, of three axes alone: what it would add is added here
-                if real is None and not self.pool_count_padding:
-                    real = y.new_ones(1, 1, *y.shape[2:])
-                y, real = F.pad(y, [half] * 6), None if real is None else F.pad(real, [half] * 6)
-                half = 0
-        if real is None:
-            return pool(y, self.pool_size, self.stride, half, count_include_pad=self.pool_count_padding)
-        total = pool(y * real, self.pool_size, self.stride, half, count_include_pad=False)
-        share = pool(real, self.pool_size, self.stride, half, count_include_pad=False)
-        return torch.where(share > 0, total / share.clamp_min(torch.finfo(y.dtype).tiny), 0)
 
     def _check(self, x: Tensor, context: Tensor | None, padding: Tensor | None) -> None:
         for name, t, channels in (("x", x, self.dim), ("context", context, self.context_dim)):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambdanets.ops.problem import applied, autocast_dtype, sizes
+from lambdanets.untouched import why_called
 
 _SMALL_MAP = 20 * 20  # positions up to which a matrix product is faster than a convolution of a channels_last map
 
@@ -149,3 +150,11 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
             # Where a second derivative needs no gradient here, it hands over None.
             y.register_hook(lambda grad: None if grad is None else grad.contiguous(memory_format=given))
     return y
+
+
+def projected(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution without norm, as a product where nobody has replaced or hooked it: (b, channels out, H·W)."""
+    if why_called(conv):
+        y: Tensor = conv(x)
+        return y.flatten(2)
+    return product(x, conv.weight.flatten(1), conv.bias)

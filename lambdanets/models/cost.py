@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lambdanets.layers.lambda_layer import LambdaLayer
+from lambdanets.layers.spatial import SpatialLayer
 from lambdanets.models.create import create_lambda_resnet, list_models
 from lambdanets.models.resnet import LambdaResNet
 from lambdanets.ops.planner import Plan, plan
@@ -78,6 +79,8 @@ def model_cost(
             macs[stage] += problem.paper_macs
             asked = replace(problem, b=batch_images, dtype=dtype, device=device)
             plans[stage].setdefault(asked, plan(asked))
+        elif isinstance(module, SpatialLayer):
+            macs[stage] += module.mixing_macs(*args[0].shape[2:])
         elif isinstance(module, nn.Conv2d | nn.Linear):
             macs[stage] += out.numel() * module.weight[0].numel()
         if out.dim() == 4 and stage != "head":

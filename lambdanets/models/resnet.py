@@ -14,15 +14,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lambdanets.layers import attention, controls
 from lambdanets.layers.lambda_layer import LambdaLayer
 from lambdanets.layers.loading import StrictLoading
-from lambdanets.models.sizes import Size
+from lambdanets.layers.spatial import SpatialLayer
+from lambdanets.models.sizes import LETTERS, Size
 
 EXPANSION = 4
 
+COUNTERPARTS: dict[str, type[SpatialLayer]] = {
+    "A": attention.AugmentedConvolution,
+    "D": controls.DepthwiseConvolution,
+    "E": attention.EfficientAttention,
+    "G": attention.GlobalAttention,
+    "P": controls.PooledConvolution,
+    "R": attention.LocalAttention,
+    "X": attention.AxialAttention,
+}
+"""The layers of the letters of `LETTERS` other than C and L."""
+
 
 class Bottleneck(nn.Module):
-    """1x1, then a 3x3 convolution or a lambda layer, then 1x1, on a shortcut; stride in the middle (v1.5)."""
+    """1x1, then a 3x3 convolution or a layer in its place, then 1x1, on a shortcut; stride in the middle (v1.5).
+
+    layer   a lambda layer or a counterpart of it, which takes `padding`; None: a 3x3 convolution
+    """
 
     def __init__(
         self,
@@ -30,22 +46,27 @@ class Bottleneck(nn.Module):
         width: int,
         stride: int,
         *,
-        lambda_layer: LambdaLayer | None,
+        layer: LambdaLayer | SpatialLayer | None,
         lambda_norm_act: bool,
         deep_shortcut: bool,
         se_ratio: float,
+        double_attention: bool,
         drop_path: float,
     ) -> None:
         super().__init__()
         dim_out = width * EXPANSION
         self.conv1, self.bn1, self.act1 = _conv(dim, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-        self.conv2 = _conv(width, width, 3, stride) if lambda_layer is None else lambda_layer
-        keep = lambda_layer is None or lambda_norm_act
+        self.conv2 = _conv(width, width, 3, stride) if layer is None else layer
+        keep = not isinstance(layer, LambdaLayer) or lambda_norm_act
         self.bn2 = nn.BatchNorm2d(width) if keep else nn.Identity()
         self.act2 = nn.ReLU(inplace=True) if keep else nn.Identity()
         self.conv3, self.bn3 = _conv(width, dim_out, 1), nn.BatchNorm2d(dim_out)
         nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut (docs/paper.md section 1)
-        self.se = SEModule(dim_out, rd_channels=int(dim_out * se_ratio)) if se_ratio else nn.Identity()
+        self.se: nn.Module = nn.Identity()
+        if double_attention:
+            self.se = attention.DoubleAttention(dim_out)
+        elif se_ratio:
+            self.se = SEModule(dim_out, rd_channels=int(dim_out * se_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample: nn.Module | None = None
         if stride > 1 or dim != dim_out:
@@ -60,14 +81,12 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """The block's map; `real` as in `LambdaResNet.forward_maps`, of the size of x."""
         y = self.bn1(self.conv1(x))
-        if real is not None and not isinstance(self.conv2, LambdaLayer):
+        told = isinstance(self.conv2, LambdaLayer | SpatialLayer)
+        if real is not None and not told:
             # In its place, and before the ReLU, whose result its gradient needs: no second map is held.
             y *= real
         y = self.act1(y)
-        if real is not None and isinstance(self.conv2, LambdaLayer):
-            y = self.conv2(y, padding=real[:, 0].bool())
-        else:
-            y = self.conv2(y)
+        y = self.conv2(y) if real is None or not told else self.conv2(y, padding=real[:, 0].bool())
         y = self.bn3(self.conv3(self.act2(self.bn2(y))))
         y = self.drop_path(self.se(y) if real is None else self._squeezed(y, fitted(real, y)))
         # In its place: a new map takes three times as long.
@@ -75,7 +94,9 @@ class Bottleneck(nn.Module):
         return self.act3(y)
 
     def _squeezed(self, y: Tensor, real: Tensor) -> Tensor:
-        """Squeeze-and-excitation whose mean is over real positions."""
+        """Squeeze-and-excitation whose mean is over real positions, or double attention among them."""
+        if isinstance(self.se, attention.DoubleAttention):
+            return self.se(y, padding=real[:, 0].bool())
         if not isinstance(self.se, SEModule):
             return self.se(y)
         seen = real.flatten(2).mT.to(y.dtype)  # as a product: y * real would be a map of its own
@@ -139,6 +160,8 @@ class LambdaResNet(StrictLoading):
     lambda_norm_act  batch norm and ReLU after a lambda layer, as after the 3x3 it replaces (unconfirmed by the paper)
     share_tables     one relative table for all lambda layers of a stage (paper, Table 4)
     lambda_args      arguments of `LambdaLayer` on top of the row's
+    layer_args       arguments of the counterparts' layers (docs/evidence.md), as {"heads": 8}
+    image_px         side of the largest image that those with tables of a whole map (A, G, X) take
 
     Any image from 32 pixels a side; H and W may differ. `forward(x)` takes (b, in_chans, H, W).
     """
@@ -155,6 +178,8 @@ class LambdaResNet(StrictLoading):
         lambda_norm_act: bool = True,
         share_tables: bool = False,
         lambda_args: dict[str, Any] | None = None,
+        layer_args: dict[str, Any] | None = None,
+        image_px: int = 224,
     ) -> None:
         super().__init__()
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
@@ -163,8 +188,13 @@ class LambdaResNet(StrictLoading):
         if num_classes < 0 or in_chans < 1:
             raise ValueError(f"num_classes = {num_classes} must be at least 0 and in_chans = {in_chans} at least 1")
         for count, lambdas in zip(size.blocks, size.lambdas, strict=True):
-            if lambdas not in ("C", "L") and (isinstance(lambdas, str) or not set(lambdas) <= set(range(1, count + 1))):
-                raise ValueError(f"a stage of {count} blocks is 'C', 'L' or some of 1..{count}, and got {lambdas!r}")
+            if lambdas not in LETTERS and (isinstance(lambdas, str) or not set(lambdas) <= set(range(1, count + 1))):
+                raise ValueError(
+                    f"a stage of {count} blocks is one of {', '.join(LETTERS)} or some of 1..{count}, and got "
+                    f"{lambdas!r}"
+                )
+        if layer_args and not set(size.lambdas) & set(COUNTERPARTS):
+            raise ValueError(f"layer_args are for {', '.join(COUNTERPARTS)}, and no stage has one of these")
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.grad_checkpointing = False
 
@@ -181,19 +211,23 @@ class LambdaResNet(StrictLoading):
             table: nn.Parameter | None = None
             for j in range(count):
                 step = 2 if i > 0 and j == 0 else 1
-                layer = None
-                if lambdas == "L" or (lambdas != "C" and j + 1 in lambdas):
+                layer: LambdaLayer | SpatialLayer | None = None
+                if isinstance(lambdas, str) and lambdas in COUNTERPARTS:
+                    kind, args = COUNTERPARTS[lambdas], dict(layer_args or {})
+                    if kind.sized:  # of the map that comes in
+                        args.setdefault("size", -(-image_px // stride))
+                    layer = kind(width, stride=step, **args)
+                elif lambdas == "L" or (lambdas != "C" and j + 1 in lambdas):
                     args = {**size.lambda_args, **(lambda_args or {})}
-                    layer = LambdaLayer(width, stride=step, table=table if share_tables else None, **args)
-                    table = layer.table
+                    layer = of_lambdas = LambdaLayer(width, stride=step, table=table if share_tables else None, **args)
+                    table = of_lambdas.table
                 block = Bottleneck(
-                    dim, width, step, lambda_layer=layer, lambda_norm_act=lambda_norm_act,
-                    deep_shortcut=size.deep_shortcut, se_ratio=size.se_ratio if size.se_stages[i] == "S" else 0.0,
-                    drop_path=drop_path_rate * (i + 2) / 5,
+                    dim, width, step, layer=layer, lambda_norm_act=lambda_norm_act, deep_shortcut=size.deep_shortcut,
+                    se_ratio=size.se_ratio if size.se_stages[i] == "S" else 0.0,
+                    double_attention=size.se_stages[i] == "2", drop_path=drop_path_rate * (i + 2) / 5,
                 )  # fmt: skip
                 stage.append(block)
-                dim = width * EXPANSION
-            stride *= 2 if i else 1
+                dim, stride = width * EXPANSION, stride * step
             name = f"layer{i + 1}"
             self.add_module(name, nn.Sequential(*stage))
             self.feature_info.append({"num_chs": dim, "reduction": stride, "module": name})
@@ -332,7 +366,11 @@ class LambdaResNet(StrictLoading):
 
     def no_weight_decay(self) -> set[str]:
         """The relative tables: they are positions, not weights of a projection."""
-        return {name for name, _ in self.named_parameters() if name.endswith("conv2.table")}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith(("conv2.table", "conv2.table_rows", "conv2.table_columns"))
+        }
 
 
 def _layers(module: nn.Module) -> Iterable[nn.Module]:

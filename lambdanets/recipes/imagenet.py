@@ -9,25 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lambdanets.errors import BadRecipe
+from lambdanets.paper import FIGURE
 from lambdanets.recipes.recipe import Recipe
 
 # Depth -> stochastic depth (R). The paper names 50 and 101, 152 and 270, 350 and 420; 200 takes its neighbours' value.
 _DROP_PATH = {50: 0.0, 101: 0.0, 152: 0.1, 200: 0.1, 270: 0.1, 350: 0.2, 420: 0.2}
 
-# (depth, px) -> seconds a step of 1,024 images and top-1, %, of the speed-accuracy figure (docs/paper.md section 3).
+# (depth, px) -> seconds a step of 1,024 images and top-1, %, of the speed-accuracy figure.
 PARETO = {
-    (50, 128): (0.058, 77.4),
-    (50, 160): (0.089, 79.2),
-    (101, 160): (0.14, 80.8),
-    (101, 192): (0.20, 81.9),
-    (152, 192): (0.28, 82.5),
-    (152, 224): (0.38, 83.2),
-    (152, 256): (0.49, 83.8),
-    (270, 256): (0.91, 84.2),
-    (350, 256): (1.16, 84.4),
-    (350, 288): (1.48, 84.5),
-    (350, 320): (1.91, 84.7),
-    (420, 320): (2.25, 84.85),
+    (int(point.model.removeprefix("lambda_resnet")), point.image_px): (point.step_s, point.top1)
+    for point in FIGURE
+    if point.model.startswith("lambda_resnet")
 }
 
 
