@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = trained(range(given.seeds), tuple(ARMS), chosen)
     found = {
         "what": "digits right, by arm; see benchmarks/pseudo_digits.py",
-        "machine": machine(),
+        "machine": machine("cpu"),
         "settings": {
             "model": recipe().model,
             "image_px": recipe().image_px,
