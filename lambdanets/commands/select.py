@@ -16,7 +16,7 @@ def parser() -> ArgumentParser:
         "the least doubtful pictures first; of a class that has too few, each is drawn several times. Pictures with "
         "the bytes of another one are taken once. OUT/report.html shows the most doubtful pictures that were taken. "
         "After a fault, again: what is finished is kept.",
-        epilog=EXIT_CODES_TEXT,
+        epilog=f"{EXIT_CODES_TEXT} Here there is no --resume: the same command always goes on.",
     )
     parser.add_argument("labels", type=str, metavar="LABELS", help="a folder or URL that `lambdanets label` filled")
     parser.add_argument(

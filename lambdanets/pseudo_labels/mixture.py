@@ -195,7 +195,8 @@ def soft_targets(top_class: Tensor, top_prob: Tensor, *, classes: int, temperatu
     rest = (1 - top_prob.sum(dim=1, keepdim=True)).clamp(min=0) / max(1, classes - k)  # (b, 1)
     targets = rest.expand(b, classes).clone().scatter_(1, top_class, top_prob)
     if temperature != 1:
-        targets = targets.pow(1 / temperature)
+        largest = targets.amax(dim=1, keepdim=True)  # divided by it first: 0.1^50 is 0 in float32, and 0 / 0 no target
+        targets = (targets / largest).pow(1 / temperature)
     return targets / targets.sum(dim=1, keepdim=True)
 
 

@@ -31,7 +31,7 @@ from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, arrow, rea
 from lambdanets.pseudo_labels.label_rows import LabelRows, label_rows, on_this_machine
 from lambdanets.pseudo_labels.near_copies import HASHED, MOST_BITS, Copies, Joined, Pair, confirmed, copies, hashed
 from lambdanets.pseudo_labels.query import RULES, Choice, choose
-from lambdanets.pseudo_labels.selection import FORMAT, SELECTION_JSON
+from lambdanets.pseudo_labels.selection import DRAWS, FORMAT, ROWS, SELECTION_JSON
 from lambdanets.pseudo_labels.write_selection import Columns, written_columns
 
 CONFIDENCE = 0.3
@@ -39,6 +39,7 @@ NEAR_BITS = 3
 MEMORY_GB = 2.0
 EXCLUDED = "excluded.jsonl"
 _SPILL, _LABELS = ".spill", ".labels"
+_OWN = {EXCLUDED, "classes.png", "report.html", *(f"{name}.npy" for name in (*ROWS, *DRAWS))}  # before SELECTION_JSON
 
 # Most is said of a class by its share, and by how often its pictures are repeated.
 _FEW_FRAC, _LARGE_FRAC, _MANY_COPIES, _LOOSE = 0.1, 0.2, 10, 2.0
@@ -225,8 +226,11 @@ def _folder(out: Path) -> Iterator[None]:
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not present(out / ".lock") and (held := sorted(os.listdir(out))):
-            raise BadData(f"{out} is not empty (it holds {held[0]}): name a new folder")
+        held = set(os.listdir(out))
+        if ".lock" in held:  # a begun selection's, or of a run of `lambdanets train`, whose report would be lost
+            held = {name for name in held - _OWN if not name.startswith(".")} if SELECTION_JSON not in held else set()
+        if held:
+            raise BadData(f"{out} is not empty (it holds {printable(min(held))}): name a new folder")
         file = locked(out)
         try:
             shutil.rmtree(out / _SPILL, ignore_errors=True)

@@ -116,6 +116,11 @@ def test_what_was_not_kept_of_the_probabilities_is_spread_evenly():
     above = soft_targets(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.2505]]), classes=4)  # float16 rounds up, too
     assert above.min() == 0
     assert above.sum().item() == pytest.approx(1)
+    unsure = torch.tensor([[2, 0], [1, 3]]), torch.tensor([[0.1, 0.05], [0.1, 0.1]])
+    cold = soft_targets(*unsure, classes=40, temperature=0.001)  # the coldest that is allowed, in float32
+    assert cold[0, 2] == 1
+    assert cold[1, [1, 3]].tolist() == [0.5, 0.5]
+    assert cold.sum(dim=1).tolist() == [1, 1]
 
 
 def test_hard_targets_are_smoothed_as_cross_entropy_smooths():

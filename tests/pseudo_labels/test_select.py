@@ -316,6 +316,16 @@ def test_a_selection_that_is_done_is_not_made_again_and_another_one_is_refused(t
         select_from(source_of(labels, shards), tmp_path / "full", Asked(per_class=30))
 
 
+def test_a_run_is_not_overwritten_though_it_has_a_lock_as_a_selection_has(tmp_path):
+    labels, shards = folder_of(tmp_path / "labels", random_parts(8, 2, 50, 3), 3)
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "report.html", "run.json"):
+        (tmp_path / "run" / name).write_text("a run's")
+    with pytest.raises(BadData, match=r"run is not empty \(it holds run.json\): name a new folder"):
+        select_from(source_of(labels, shards), tmp_path / "run", Asked(per_class=30))
+    assert {path.read_text() for path in (tmp_path / "run").iterdir()} == {"a run's"}
+
+
 # ---- killed, a full disk
 
 
