@@ -97,6 +97,7 @@ def classes_png(held: dict[str, Any]) -> bytes:
     how_often = [int(n) for n in counts["copies"]]
     copies.bar(how_often, list(counts["copies"].values()), color="#3b6ea5")
     copies.set(xlabel="draws of one picture", ylabel="pictures", yscale="log")
+    copies.xaxis.get_major_locator().set_params(integer=True)
     for axes in (many, medians, confidence, copies):
         axes.grid(alpha=0.3, axis="y")
     return saved(figure, "png")
