@@ -237,6 +237,8 @@ def _is_there(home: str) -> bool:
 
 def _begin_here(folder: Path, content: bytes) -> None:
     """Writes labels.json so that the first one stays, whole. Raises OSError."""
+    if folder.exists() and not folder.is_dir():
+        raise BadData(f"{folder} is a file: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     others = [name for name in os.listdir(folder) if not name.startswith(".")]
     if others and LABELS_JSON not in others:

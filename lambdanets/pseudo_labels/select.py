@@ -37,6 +37,7 @@ from lambdanets.pseudo_labels.write_selection import Columns, written_columns
 CONFIDENCE = 0.3
 NEAR_BITS = 3
 MEMORY_GB = 2.0
+_MOST_PER_CLASS = 10**9  # draws are written one by one, 4 bytes each
 EXCLUDED = "excluded.jsonl"
 _SPILL, _LABELS = ".spill", ".labels"
 _OWN = {EXCLUDED, "classes.png", "report.html", *(f"{name}.npy" for name in (*ROWS, *DRAWS))}  # before SELECTION_JSON
@@ -65,8 +66,8 @@ class Asked:
     incomplete: bool = False
 
     def __post_init__(self) -> None:
-        if self.per_class is not None and self.per_class < 1:
-            raise BadData(f"--per-class is {self.per_class}: at least 1")
+        if self.per_class is not None and not 1 <= self.per_class <= _MOST_PER_CLASS:
+            raise BadData(f"--per-class is {self.per_class}: 1 to {_MOST_PER_CLASS:,}")
         if not 0 <= self.confidence <= 1:
             raise BadData(f"--confidence is {self.confidence}: 0 to 1")
         if self.rule not in RULES:
@@ -224,6 +225,8 @@ def _folder(out: Path) -> Iterator[None]:
     """The target folder, held for this process. Raises BadData with a remedy where the disk does not take something."""
     from lambdanets.runs.lock import locked, unlock
 
+    if out.exists() and not out.is_dir():
+        raise BadData(f"{out} is a file: name a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = set(os.listdir(out))

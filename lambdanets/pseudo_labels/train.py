@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from lambdanets.classification import train as classification
 from lambdanets.classification.run import Result, read_record
 from lambdanets.data.archive import check_source
+from lambdanets.errors import BadRun, printable
+from lambdanets.pseudo_labels.selection import SELECTION_JSON
 from lambdanets.pseudo_labels.task import Joint
 from lambdanets.recipes.pseudo_labels import Mixture
 from lambdanets.recipes.recipe import Options, Recipe
@@ -81,6 +83,9 @@ def recorded(
     if found is None or "pseudo" not in held:
         return None
     pseudo, where = held["pseudo"], str(Path(folder) / RUN_JSON)
+    if selection is None and not Path(pseudo["source"], SELECTION_JSON).is_file():
+        remedy = "give --pseudo SELECTION, where it lies now"
+        raise BadRun(f"--resume: the selection of {folder} is no longer in {printable(pseudo['source'])}: {remedy}")
     if pictures is None:
         pictures = pseudo["pictures"]
         check_source(pictures, allow_sources, where)

@@ -420,7 +420,8 @@ def test_a_selection_and_pictures_that_moved_with_equal_content_are_taken_and_sa
     moved, shards = own.rename(tmp_path / "elsewhere"), shutil.copytree(unlabelled_shards, tmp_path / "shards")
     again = ["train", "--out", str(out), "--resume", "--log-steps", "1", "--device", "cpu"]
     assert main(again) == 2
-    assert "holds no selection.json" in capsys.readouterr().err
+    assert "is no longer in" in (err := capsys.readouterr().err)
+    assert "give --pseudo SELECTION, where it lies now" in err
     assert main([*again, "--pseudo", str(moved), "--pseudo-data", str(shards)]) == 0
     assert f"{moved} is the selection of this run, which lay in {own}" in capsys.readouterr().err
     want = run_to(tiny(), shared_colours, selection, tmp_path / "whole")

@@ -379,6 +379,8 @@ def test_a_folder_with_something_else_is_not_written_into(data, teacher, tmp_pat
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(BadData, match=r"is not empty \(it holds thesis.tex\)"):
         label(wishes(teacher, data, tmp_path))
+    with pytest.raises(BadData, match=r"thesis.tex is a file: name a new folder"):
+        label(wishes(teacher, data, tmp_path / "thesis.tex"))
 
 
 # ---- pictures and shards that are bad

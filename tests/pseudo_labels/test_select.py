@@ -314,6 +314,10 @@ def test_a_selection_that_is_done_is_not_made_again_and_another_one_is_refused(t
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(BadData, match=r"is not empty \(it holds notes.txt\)"):
         select_from(source_of(labels, shards), tmp_path / "full", Asked(per_class=30))
+    with pytest.raises(BadData, match=r"notes.txt is a file: name a new folder"):
+        select_from(source_of(labels, shards), tmp_path / "full" / "notes.txt", Asked(per_class=30))
+    with pytest.raises(BadData, match=r"--per-class is 10{30}: 1 to 1,000,000,000"):
+        Asked(per_class=10**30)
 
 
 def test_a_run_is_not_overwritten_though_it_has_a_lock_as_a_selection_has(tmp_path):
