@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lambdanets.data.archive import filesystem, join, on_disk, retried
+from lambdanets.data.shards import is_shards
 from lambdanets.errors import BadData, DiskFault, need, printable, some
 from lambdanets.files import field, json_object, open_file, placed, read_file
 
@@ -437,3 +438,9 @@ def _read(home: str, name: str, most_bytes: int) -> bytes:
         return bytes(found.cat_file(path))
 
     return retried(where, once)
+
+
+def check_there(shards: str) -> None:
+    """Raises BadData where the shards that were labelled are not where they were said to be."""
+    if not is_shards(shards):
+        raise BadData(f"the shards that were labelled are not in {shards}: say where they lie now, with --data SHARDS")

@@ -27,7 +27,7 @@ from lambdanets.data.shards import ShardImages, open_pictures
 from lambdanets.data.source import absolute, open_source
 from lambdanets.errors import BadData, printable, some
 from lambdanets.files import placed, present, read_json, write_json
-from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, arrow, read_labels
+from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, arrow, check_there, read_labels
 from lambdanets.pseudo_labels.label_rows import LabelRows, label_rows, on_this_machine
 from lambdanets.pseudo_labels.near_copies import HASHED, MOST_BITS, Copies, Joined, Pair, confirmed, copies, hashed
 from lambdanets.pseudo_labels.query import RULES, Choice, choose
@@ -195,6 +195,7 @@ def _labelled_pictures(labels: Labels, pictures: str | None, allow_sources: Sequ
         if not isinstance(place, str):
             raise BadData(f"{labels.home} does not say where the shards are: give --data SHARDS")
         check_source(place, (labels.home, *allow_sources), join(labels.home, LABELS_JSON))
+    check_there(place)
     images = open_pictures(place, allow_sources=allow_sources)
     asked = labels.plan["data"]["fingerprint"]
     if images.fingerprint() != asked:

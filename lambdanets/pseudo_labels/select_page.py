@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lambdanets.data.images import Images
-from lambdanets.errors import BadData, BadImage, BadRun, need, printable
+from lambdanets.errors import BadData, BadImage, BadRun, DiskFault, need, printable
 from lambdanets.files import to_stderr, write_atomically
 from lambdanets.pseudo_labels.near_copies import Joined
 from lambdanets.pseudo_labels.write_selection import Doubtful
@@ -114,7 +114,9 @@ def _parts(
 ) -> Iterator[str]:
     names = held["classes"]
     yield "<h1>A selection of pseudo-labelled pictures</h1>"
-    yield f"<p>{pages.html(held['labels']['source'])}, labelled by {pages.html(held['teacher_sha256'])}</p>"
+    teacher = held["labels"]["plan"]["teacher"]
+    by = f"{teacher.get('model', 'a teacher')} with the weights {held['teacher_sha256']}"
+    yield f"<p>{pages.html(held['labels']['source'])}, labelled by {pages.html(by)}</p>"
     for warning in held["warnings"]:
         yield f'<p class="warn">{pages.html(warning)}</p>'
     yield pages.numbers(
@@ -167,11 +169,21 @@ def _shown(images: Images | None, index: int) -> str:
     return '<div class="gone">gone</div>'
 
 
+def _name(images: Images | None, index: int) -> str:
+    """Which picture it is, to be found again; its number where the shards are not at hand."""
+    if images is None:
+        return f"number {index:,}"
+    try:
+        return f"{html_name(images.names[index])}, number {index:,}"
+    except DiskFault:
+        return f"number {index:,}"
+
+
 def _figure(one: Doubtful, names: Sequence[str], pictures: Images | None) -> str:
     most = [f"{names[c]} {p:.2f}" for c, p in zip(one.top_class[:3], one.top_prob[:3], strict=True)]
     return (
         f"<figure>{_shown(pictures, one.id)}<div><b>{html_name(names[one.label])}</b>, doubt {one.doubt:.3g}</div>"
-        f'<div>{html_name(", ".join(most))}</div><div class="name">number {one.id:,}</div></figure>'
+        f'<div>{html_name(", ".join(most))}</div><div class="name">{_name(pictures, one.id)}</div></figure>'
     )
 
 

@@ -79,7 +79,8 @@ class Joint(Classification):
             unchecked_overlap,
         )
         self.labelled = mixture.labelled(recipe.batch_images)
-        self.title += f", {mixture.ratio:g} pseudo-labelled a labelled picture"
+        pseudo = recipe.batch_images - self.labelled  # as it is: a small batch bounds the ratio
+        self.title += f", {self.labelled} labelled and {pseudo} pseudo-labelled pictures a step"
 
     def asked(self) -> dict[str, Any]:
         return {**super().asked(), **{f"pseudo_{k}": v for k, v in dataclasses.asdict(self.mixture).items()}}

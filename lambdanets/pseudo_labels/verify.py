@@ -10,6 +10,7 @@ from pathlib import Path
 from lambdanets.data.archive import check_source, join
 from lambdanets.data.manifest import Shard
 from lambdanets.data.shards import open_pictures
+from lambdanets.pseudo_labels.label_files import check_there
 from lambdanets.data.source import absolute
 from lambdanets.errors import BadData, printable, some
 from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, file_of, finished, read_file_of, read_labels
@@ -42,6 +43,7 @@ def verify(home: str | Path, data: str | Path | None = None, *, allow_sources: S
     if data is None:
         where = str(labels.places.get("data"))
         check_source(where, (labels.home, *allow_sources), join(labels.home, LABELS_JSON))
+    check_there(where)
     images = open_pictures(where, allow_sources=allow_sources, look_at_shards=False)
     if images.fingerprint() != labels.plan["data"]["fingerprint"]:
         raise BadData(
