@@ -10,10 +10,17 @@ from pathlib import Path
 from lambdanets.data.archive import check_source, join
 from lambdanets.data.manifest import Shard
 from lambdanets.data.shards import open_pictures
-from lambdanets.pseudo_labels.label_files import check_there
 from lambdanets.data.source import absolute
 from lambdanets.errors import BadData, printable, some
-from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, file_of, finished, read_file_of, read_labels
+from lambdanets.pseudo_labels.label_files import (
+    LABELS_JSON,
+    Labels,
+    check_there,
+    file_of,
+    finished,
+    read_file_of,
+    read_labels,
+)
 
 _READERS = 8
 
