@@ -91,7 +91,7 @@ def _connect(ray: Any, address: str | None) -> None:
     ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         ray.init(**how)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except Exception as error:  # a bare one, too, where a machine is so busy that Ray gives up waiting for itself
         where = "a cluster on this machine cannot be started" if address is None else f"no Ray cluster at {address}"
         raise BadRun(f"--engine ray: {where}: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
     if threading.current_thread() is threading.main_thread():

@@ -351,6 +351,19 @@ def test_a_task_that_no_machine_has_room_for_is_refused(monkeypatch):
     engines._check_fits(ray, 3, True, "auto")  # another cluster may grow
 
 
+def test_a_cluster_that_does_not_start_is_one_sentence():
+    def init(**how):
+        raise Exception("The current node timed out during startup.\nThis could happen because")
+
+    with pytest.raises(
+        BadRun, match="a cluster on this machine cannot be started: The current node timed out"
+    ) as error:
+        engines._connect(SimpleNamespace(init=init), None)
+    assert "This could" not in str(error.value)
+    with pytest.raises(BadRun, match=r"no Ray cluster at 10\.0\.0\.1:6379"):
+        engines._connect(SimpleNamespace(init=init), "10.0.0.1:6379")
+
+
 def test_a_task_gives_its_errors_as_words(teacher, data, tmp_path):
     asked = {**vars(wishes(teacher, data, tmp_path / "out")), "hang_timeout_s": 0.0}
     told = engines.label_one({**asked, "teacher": str(tmp_path / "none")}, "0" * 64, 0)
