@@ -543,7 +543,14 @@ def family(pid: int) -> set[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGINT,
+    ],
+)
 def test_no_worker_outlives_a_pack_that_was_ended_and_the_same_command_goes_on(large, tmp_path, sent, children):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lambdanets", "pack", str(large), str(out), "--workers", "2"]

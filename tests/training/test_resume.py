@@ -838,7 +838,7 @@ TRAIN = (
         "{} | head -1; exit ${{PIPESTATUS[0]}}",
         pytest.param("{} 2>&1 | true; exit ${{PIPESTATUS[0]}}", marks=pytest.mark.slow),
         pytest.param("{} > /dev/full", marks=pytest.mark.slow),
-        "{} > /dev/full 2>&1",
+        pytest.param("{} > /dev/full 2>&1", marks=pytest.mark.slow),
         "{} >&- 2>&-",
         pytest.param("{} 2>&- <&-", marks=pytest.mark.slow),
     ],
@@ -994,7 +994,7 @@ def test_a_listing_longer_than_the_hang_timeout_is_no_hang_while_it_gets_on(shar
     assert child.wait() == 0, child.said()
 
 
-@pytest.mark.parametrize("seconds", [1e12, 1e300, 0.0])
+@pytest.mark.parametrize("seconds", [pytest.param(1e12, marks=pytest.mark.slow), 1e300, 0.0])
 def test_a_hang_timeout_of_any_finite_length_leaves_the_watch_alive(seconds, shared_colours, tmp_path):
     at_step(2, lambda run: (time.sleep(0.6), threads.extend(t.name for t in threading.enumerate())))
     threads = []
