@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
-    n, turns, steps, rows = (12, 1, 16, 1_000_000) if given.quick else (160, 3, 40, 130_000_000)
+    n, turns, steps, rows = (12, 1, 16, 1_000_000) if given.quick else (100, 3, 32, 130_000_000)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         found: dict[str, Any] = {"machine": machine("cpu"), "threads": given.threads}
