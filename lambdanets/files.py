@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import secrets
+import signal
 import stat
 import sys
 import threading
@@ -288,6 +289,13 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def serve_the_parent() -> None:
+    """To be called first in a worker: it ends with its parent, and leaves Ctrl-C, which the terminal sends to all, to
+    it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def written(folder: Path, name: str, content: Iterable[bytes | memoryview]) -> dict[str, Any]:

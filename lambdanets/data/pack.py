@@ -13,7 +13,6 @@ import itertools
 import multiprocessing
 import os
 import re
-import signal
 import stat
 import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -36,7 +35,7 @@ from lambdanets.data.manifest import MANIFEST, SPLITS, UNLABELLED, Digest, Manif
 from lambdanets.data.order import Order, natural
 from lambdanets.data.shards import differing, is_shards, place_of
 from lambdanets.errors import SHOWN, BadData, BadImage, DiskFault, some
-from lambdanets.files import end_with_parent, placed, read_file, to_stderr, tried_again
+from lambdanets.files import placed, read_file, serve_the_parent, to_stderr, tried_again
 
 SHARD_BYTES = 1 << 30
 MAX_BAD_FRAC = 0.001
@@ -261,7 +260,7 @@ def _items(
     with contextlib.ExitStack() as stack:
         mapped: Callable[..., Any] = map
         if workers:
-            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), serve_the_parent)
             stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
             mapped = functools.partial(pool.map, chunksize=8)
         for start in range(first, n_images, block):
@@ -274,12 +273,6 @@ def _items(
             except BrokenProcessPool as error:
                 remedy = "give the same command, with fewer --workers if memory is short: finished shards are kept"
                 raise BadData(f"a process that reads pictures was killed: {remedy}") from error
-
-
-def _begin_worker() -> None:
-    """A worker ends with its parent, however that ends, and leaves Ctrl-C, which the terminal sends to all, to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
 
 
 def _of_folder(root: Path, max_side_px: int | None, name: str) -> tuple[str, bytes] | BadImage:

@@ -16,15 +16,15 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lambdanets.data.archive import filesystem, join, on_disk, retried
-from lambdanets.data.shards import is_shards
+from lambdanets.data.archive import check_source, filesystem, join, on_disk, retried
+from lambdanets.data.shards import ShardImages, is_shards, open_pictures
 from lambdanets.errors import BadData, DiskFault, need, printable, some
 from lambdanets.files import field, json_object, open_file, placed, read_file
 
@@ -394,28 +394,34 @@ def check_footer(labels: Labels, name: str, footer: Footer) -> None:
 
 def read_footer(labels: Labels, name: str) -> Footer:
     """What a label file says of itself, its rows unread; compared with the plan. Raises BadData."""
+    return read_columns(labels, name)[1]
+
+
+def read_columns(labels: Labels, name: str) -> tuple[Any, Footer]:
+    """The schema of a label file as it is, which may be none of ours, and `read_footer`, by one reading."""
     where = join(labels.home, name)
     found, path, local = filesystem(where)
     pa = arrow()
 
-    def read() -> Mapping[bytes, bytes]:
+    def read() -> Any:
         with open_file(path) if local else found.open(path, "rb") as file:
             try:
-                return dict(pa.parquet.read_schema(file).metadata or {})
+                return pa.parquet.read_schema(file)
             except OSError as error:
                 if error.errno is not None:  # the system's
                     raise
                 raise ValueError(str(error)) from error  # pyarrow's own: the content is none of its format
 
     try:
-        footer = _footer(on_disk(where, read) if local else retried(where, read))
+        columns = on_disk(where, read) if local else retried(where, read)
+        footer = _footer(columns.metadata or {})
     except DiskFault:
         raise
     except (pa.ArrowException, ValueError) as error:
         remedy = "remove it, and label again with the same command"
         raise BadData(f"{where} is damaged, or no label file: {printable(str(error)[:300])}; {remedy}") from error
     check_footer(labels, name, footer)
-    return footer
+    return columns, footer
 
 
 def _footer(metadata: Mapping[bytes, bytes]) -> Footer:
@@ -440,7 +446,23 @@ def _read(home: str, name: str, most_bytes: int) -> bytes:
     return retried(where, once)
 
 
-def check_there(shards: str) -> None:
-    """Raises BadData where the shards that were labelled are not where they were said to be."""
-    if not is_shards(shards):
-        raise BadData(f"the shards that were labelled are not in {shards}: say where they lie now, with --data SHARDS")
+def labelled_pictures(
+    labels: Labels, data: str | Path | None, *, allow_sources: Sequence[str] = (), look_at_shards: bool = True
+) -> ShardImages:
+    """The shards that were labelled: where they are now (data), or None: where they lay then; see `open_pictures`.
+
+    Raises BadData: they are not there, or others are; a place that the user did not name.
+    """
+    where = data
+    if where is None:
+        where = labels.places.get("data")
+        if not isinstance(where, str):
+            raise BadData(f"{labels.home} does not say where the shards are: give --data SHARDS")
+        check_source(where, (labels.home, *allow_sources), join(labels.home, LABELS_JSON))
+    if not is_shards(where):
+        raise BadData(f"the shards that were labelled are not in {where}: say where they lie now, with --data SHARDS")
+    images = open_pictures(where, allow_sources=allow_sources, look_at_shards=look_at_shards)
+    if images.fingerprint() != labels.plan["data"]["fingerprint"]:
+        remedy = "give the shards that were labelled, with --data"
+        raise BadData(f"{printable(where)} holds other shards than {labels.home} has labelled: {remedy}")
+    return images

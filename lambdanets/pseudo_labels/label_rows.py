@@ -22,7 +22,7 @@ from lambdanets.data.archive import filesystem, join, whole
 from lambdanets.data.manifest import Shard
 from lambdanets.errors import BadData, printable, some
 from lambdanets.files import placed
-from lambdanets.pseudo_labels.label_files import Labels, arrow, file_of, finished, read_file_of, read_footer
+from lambdanets.pseudo_labels.label_files import Labels, arrow, file_of, finished, read_columns, read_file_of
 
 _AHEAD = 4  # files that are read ahead, a thread
 _FILE_BYTES = 1 << 30
@@ -128,12 +128,12 @@ def label_rows(labels: Labels, shards: Sequence[Shard], threads: int) -> LabelRo
 
     def file(found: tuple[str, int]) -> LabelFile:
         name, first = found
-        shard, footer = by_name[name], read_footer(labels, name)
+        shard, (columns, footer) = by_name[name], read_columns(labels, name)
         place = LabelFile(name, join(folder, name), shard.name, first, footer.samples, footer.content_sha256)
         if (footer.samples, footer.shard_sha256) != (shard.samples, shard.sha256):
             seen = f"{footer.samples:,} pictures with the sha256 {footer.shard_sha256[:16]}"
             raise place.refused(f"it is of a shard of {seen}, and the data set's has {shard.samples:,}")
-        if wrong := _differing(arrow().parquet.read_schema(place.path), labels.schema):
+        if wrong := _differing(columns, labels.schema):
             raise place.refused(f"its columns are not those of its plan: {some(wrong)}")
         return place
 

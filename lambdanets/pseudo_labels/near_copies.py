@@ -15,7 +15,6 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +27,7 @@ from PIL import Image
 from lambdanets.data.decode import open_image
 from lambdanets.data.images import Images
 from lambdanets.errors import BadData, BadImage
-from lambdanets.files import end_with_parent
+from lambdanets.files import serve_the_parent
 from lambdanets.pseudo_labels.hashes import bytes_hash, look_hash
 from lambdanets.pseudo_labels.label_rows import LabelFile, LabelRows, column
 
@@ -117,8 +116,7 @@ _sets: tuple[Images, ...] = ()  # of a reading process
 
 def _begin(sets: tuple[Images, ...]) -> None:
     global _sets
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent answers it
-    end_with_parent()
+    serve_the_parent()
     _sets = sets
 
 

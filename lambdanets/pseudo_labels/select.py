@@ -21,13 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from lambdanets.data.archive import check_source, join
 from lambdanets.data.images import Images
-from lambdanets.data.shards import ShardImages, open_pictures
 from lambdanets.data.source import absolute, open_source
 from lambdanets.errors import BadData, printable, some
 from lambdanets.files import placed, present, read_json, write_json
-from lambdanets.pseudo_labels.label_files import LABELS_JSON, Labels, arrow, check_there, read_labels
+from lambdanets.pseudo_labels.label_files import arrow, labelled_pictures, read_labels
 from lambdanets.pseudo_labels.label_rows import LabelRows, label_rows, on_this_machine
 from lambdanets.pseudo_labels.near_copies import HASHED, MOST_BITS, Copies, Joined, Pair, confirmed, copies, hashed
 from lambdanets.pseudo_labels.query import RULES, Choice, choose
@@ -173,7 +171,7 @@ def select(
     arrow()
     labels, out = absolute(labels), Path(out)
     held = read_labels(labels)
-    images = _labelled_pictures(held, pictures, allow_sources)
+    images = labelled_pictures(held, pictures, allow_sources=allow_sources)
     opened = [HeldOut.open(data, allow_sources) for data in exclude]
     threads = threads or len(os.sched_getaffinity(0))
     with _folder(out):
@@ -185,25 +183,6 @@ def select(
             {"source": absolute(pictures or held.places["data"]), "fingerprint": images.fingerprint()},
         )
         return _Job(source, out, asked, opened).done(memory_gb, threads, workers)
-
-
-def _labelled_pictures(labels: Labels, pictures: str | None, allow_sources: Sequence[str]) -> ShardImages:
-    """The shards that were labelled, where they are now. Raises BadData."""
-    place = pictures
-    if place is None:
-        place = labels.places.get("data")
-        if not isinstance(place, str):
-            raise BadData(f"{labels.home} does not say where the shards are: give --data SHARDS")
-        check_source(place, (labels.home, *allow_sources), join(labels.home, LABELS_JSON))
-    check_there(place)
-    images = open_pictures(place, allow_sources=allow_sources)
-    asked = labels.plan["data"]["fingerprint"]
-    if images.fingerprint() != asked:
-        remedy = "give the shards that were labelled, with --data"
-        raise BadData(
-            f"{place} has the fingerprint {images.fingerprint()[:16]}, and {labels.home} {asked[:16]}: {remedy}"
-        )
-    return images
 
 
 def select_from(

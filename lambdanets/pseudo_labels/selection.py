@@ -142,6 +142,15 @@ def _again(folder: str, digest: str, order: Column | None) -> Selection:
     return dataclasses.replace(found, order=order)
 
 
+def forms_of(*, classes: int, top: int, rows: int, draws: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Column -> its type and shape, of a selection of that size."""
+    forms: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    for name, kind in {**ROWS, **DRAWS}.items():
+        dtype = np.dtype("<i4" if name == "top_class" and classes > _INT16_CLASSES else kind)
+        forms[name] = dtype, (draws,) if name in DRAWS else (rows, top) if name.startswith("top_") else (rows,)
+    return forms
+
+
 def open_selection(path: str | Path, *, compare: bool = True) -> Selection:
     """Opens a selection: a folder that `lambdanets select` wrote.
 
@@ -163,15 +172,12 @@ def open_selection(path: str | Path, *, compare: bool = True) -> Selection:
         held = _checked(json_object(content))
     except ValueError as error:
         raise BadData(f"{where} is no selection of this version: {printable(error)}") from error
-    rows, draws, classes, top = held["rows"], held["draws"], len(held["classes"]), held["top"]
-    columns = {}
-    for name, dtype in {**ROWS, **DRAWS}.items():
-        if name == "confidence":  # for people
-            continue
-        if name == "top_class" and classes > _INT16_CLASSES:
-            dtype = "<i4"
-        shape = (draws,) if name in DRAWS else (rows, top) if name.startswith("top") else (rows,)
-        columns[name] = _column(folder / f"{name}.npy", dtype, shape, held["columns"][name], compare=compare)
+    forms = forms_of(classes=len(held["classes"]), top=held["top"], rows=held["rows"], draws=held["draws"])
+    del forms["confidence"]  # for people
+    columns = {
+        name: _column(folder / f"{name}.npy", dtype, shape, held["columns"][name], compare=compare)
+        for name, (dtype, shape) in forms.items()
+    }
     found = Selection(folder, held, hashlib.sha256(content).hexdigest(), **columns)
     if compare:
         _check_bounds(found)
@@ -203,11 +209,11 @@ def _checked(held: dict[str, Any]) -> dict[str, Any]:
     return held
 
 
-def _column(path: Path, dtype: str, shape: tuple[int, ...], sha256: str, *, compare: bool) -> Column:
+def _column(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sha256: str, *, compare: bool) -> Column:
     remedy = "copy the selection again, or select again into a new folder"
     if not path.is_file():
         raise BadData(f"{path} is missing: {remedy}")
-    mapped = array(path, str(path), np.dtype(dtype), shape, remedy)
+    mapped = array(path, str(path), dtype, shape, remedy)
     if compare:
         try:
             seen = sha256_of(path)

@@ -7,17 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lambdanets.data.archive import check_source, join
+from lambdanets.data.archive import join
 from lambdanets.data.manifest import Shard
-from lambdanets.data.shards import open_pictures
 from lambdanets.data.source import absolute
 from lambdanets.errors import BadData, printable, some
 from lambdanets.pseudo_labels.label_files import (
-    LABELS_JSON,
     Labels,
-    check_there,
     file_of,
     finished,
+    labelled_pictures,
     read_file_of,
     read_labels,
 )
@@ -46,16 +44,7 @@ def verify(home: str | Path, data: str | Path | None = None, *, allow_sources: S
     Raises BadData that names each shard that is not labelled, and each file that is damaged or of something else.
     """
     labels = read_labels(absolute(home))
-    where = str(data)
-    if data is None:
-        where = str(labels.places.get("data"))
-        check_source(where, (labels.home, *allow_sources), join(labels.home, LABELS_JSON))
-    check_there(where)
-    images = open_pictures(where, allow_sources=allow_sources, look_at_shards=False)
-    if images.fingerprint() != labels.plan["data"]["fingerprint"]:
-        raise BadData(
-            f"{printable(where)} holds other shards than {labels.home} has labelled: say where those are, --data"
-        )
+    images = labelled_pictures(labels, data, allow_sources=allow_sources, look_at_shards=False)
     there = finished(labels.home)
     missing = [shard for shard in images.shards if file_of(shard.name) not in there]
     counted = [shard for shard in images.shards if file_of(shard.name) in there]

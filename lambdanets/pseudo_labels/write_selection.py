@@ -15,7 +15,7 @@ from lambdanets.errors import BadData
 from lambdanets.files import placed
 from lambdanets.pseudo_labels.label_rows import LabelFile, LabelRows, verified
 from lambdanets.pseudo_labels.query import Choice
-from lambdanets.pseudo_labels.selection import DRAWS, ROWS
+from lambdanets.pseudo_labels.selection import ROWS, forms_of
 
 MOST_DOUBTFUL = 24
 CONFIDENCE_BINS = 20
@@ -106,15 +106,11 @@ def written_columns(rows: LabelRows, choice: Choice, out: Path, rule: str, max_c
     draws, n_rows = draws_of(choice, max_copies), int(choice.rows.sum())
     if n_rows >= _MOST_ROWS:
         raise BadData(f"{n_rows:,} pictures would be selected, {_MOST_ROWS:,} allowed: give a smaller --per-class")
-    wide = len(rows.classes) > np.iinfo(np.int16).max
-    types = {name: np.dtype(of) for name, of in ROWS.items()}
-    types["top_class"] = np.dtype("<i4" if wide else "<i2")
-    shapes = {name: (n_rows, rows.top) if name.startswith("top_") else (n_rows,) for name in types}
-    types["row"], shapes["row"] = np.dtype(DRAWS["row"]), (int(draws.sum()),)
+    forms = forms_of(classes=len(rows.classes), top=rows.top, rows=n_rows, draws=int(draws.sum()))
     tally = _Tally(len(rows.classes))
     with contextlib.ExitStack() as stack:
         columns = {
-            name: _Column(stack.enter_context(placed(out / f"{name}.npy")), types[name], shapes[name]) for name in types
+            name: _Column(stack.enter_context(placed(out / f"{name}.npy")), *form) for name, form in forms.items()
         }
         done, seen = 0, np.zeros(len(rows.classes), np.int64)
         for _, part in rows.each(lambda file: _taken(rows, file, choice, rule), threads):
